@@ -1,0 +1,75 @@
+"""The records that cross borders between parts.
+
+Dimensions: B images, C latent channels, H x W latent pixels, L text tokens, D token width, P pooled width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the network is told about the text.
+
+    Attributes:
+        context: text tokens, shape (B, L, D).
+        pooled: pooled text embedding, shape (B, P).
+        repeats: shape (L,), int64, or None. Token i stands for `repeats[i]` identical tokens: a run of equal tokens
+            (the zeros that pipelines feed for an absent T5) costs one token and changes nothing. None means all ones.
+    """
+
+    context: Tensor
+    pooled: Tensor
+    repeats: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be used: its slot has weight 0 in the loss."""
+
+    key: str
+    shard: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: the images of one bucket that one rank works on at once.
+
+    Attributes:
+        step: optimizer step that the batch belongs to, counted from 0.
+        bucket: latent (height, width), the same on every rank in a step.
+        slots: places in the global batch, shape (B,), int64.
+        weight: shape (B,), float32: 1, or 0 where the slot is padding or its sample is damaged.
+        tensors: stored tensors by name, each (B, ...): `latents` and, per text encoder, tokens and pooled embedding.
+        noise: shape of the latents, float32, standard normal.
+        keys: the samples' keys, one per slot; empty text for padding.
+        bad: the damaged samples among them.
+    """
+
+    step: int
+    bucket: tuple[int, int]
+    slots: Tensor
+    weight: Tensor
+    tensors: dict[str, Tensor]
+    noise: Tensor
+    keys: tuple[str, ...]
+    bad: tuple[BadSample, ...] = ()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`; `slots` stays on the CPU, where it indexes the step's draws."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        tensors = {name: move(tensor) for name, tensor in self.tensors.items()}
+        return replace(self, weight=move(self.weight), tensors=tensors, noise=move(self.noise))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which copies to a GPU run in the background."""
+        tensors = {name: tensor.pin_memory() for name, tensor in self.tensors.items()}
+        return replace(self, weight=self.weight.pin_memory(), tensors=tensors, noise=self.noise.pin_memory())

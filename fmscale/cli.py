@@ -1,0 +1,277 @@
+"""`fmscale COMMAND`: reads the command line, dispatches, and turns a user's mistake into one line and exit code 2.
+
+Nothing heavy is imported before a command is known, so that `fmscale --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from fmscale import __version__
+from fmscale.errors import UserError
+
+DONE, FAULT, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
+
+class Command(NamedTuple):
+    """A row of the table of commands.
+
+    Attributes:
+        summary: one line for `fmscale --help`.
+        example: a command line that runs.
+        arguments: adds the command's arguments to its parser.
+        run: does it; imports what it needs.
+    """
+
+    summary: str
+    example: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int | None]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command line.
+
+    Args:
+        argv: without the program's name.
+
+    Returns:
+        Exit code: 0 done, 2 the user's mistake, 1 a fault of ours or the machine's, 130 interrupted.
+    """
+    if not argv or argv[0] not in COMMANDS:
+        _overview().parse_args(argv)  # prints help, version or what is wrong, and leaves
+    command = COMMANDS[argv[0]]
+    args = _parser(argv[0], command).parse_intermixed_args(argv[1:])
+    args.command = argv[0]
+    from fmscale import log
+
+    log.setup()
+    try:
+        return command.run(args) or DONE
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"fmscale {args.command}: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
+        return MISTAKE
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAULT
+    except KeyboardInterrupt:
+        print(f"fmscale {args.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _overview() -> argparse.ArgumentParser:
+    """The parser of `fmscale` itself, which knows the commands' names and no more."""
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="fmscale",
+        description="Train text-conditioned MMDiT models with rectified flow, from one laptop core to a cluster.",
+        epilog=f"commands:\n{listed}\n\n`fmscale COMMAND --help` tells more. Start with: fmscale quickstart",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fmscale {__version__}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands below")
+    return parser
+
+
+def _parser(name: str, command: Command) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"fmscale {name}",
+        description=command.summary,
+        epilog=f"example:\n  {command.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.arguments(parser)
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file; its `base:` names the one it builds on")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="laid over the file, such as optimizer.lr=1e-4"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the merged config and stop")
+    parser.add_argument("--print-schema", action="store_true", help="print the JSON schema for editors and stop")
+
+
+def _with_config(args: argparse.Namespace, run: Callable[[object], int | None]) -> int | None:
+    """Load the config that the command line names and hand it on, or print what was asked for."""
+    from fmscale import config
+
+    if args.print_schema:
+        print(config.schema(args.command), end="")
+        return DONE
+    if args.config is None:
+        raise UserError(f"give a config: fmscale {args.command} CONFIG [key=value …]")
+    loaded = config.load(config.CONFIGS[args.command], args.config, args.overrides)
+    if args.print_config:
+        print(config.dump(loaded), end="")
+        return DONE
+    return run(loaded)
+
+
+def _quickstart_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="quickstart", metavar="DIR", help="new folder for everything (%(default)s)")
+    parser.add_argument("--nproc", type=_positive, default=1, metavar="N", help="local ranks that train (%(default)s)")
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    _program("quickstart").quickstart(_path(args.out), args.nproc)
+
+
+def _encode(args: argparse.Namespace) -> int | None:
+    return _with_config(args, lambda config: _program("encode").encode(config))
+
+
+def _index_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DATASET", help="folder of latent shards")
+    parser.add_argument(
+        "--verify", action="store_true", help="read every byte and name what is damaged; exit code 2 then"
+    )
+
+
+def _index(args: argparse.Namespace) -> int | None:
+    return _program("encode").index(_path(args.dataset), args.verify)
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks; leave out under a launcher")
+    parser.add_argument(
+        "--allow-config-change", action="store_true", help="go on in a run directory although its config differs"
+    )
+
+
+def _train(args: argparse.Namespace) -> int | None:
+    def run(config: object) -> int | None:
+        if args.nproc and args.nproc > 1:
+            # Say what is wrong once, here, and not once per rank.
+            _program("train").check_setup(config, args.nproc, args.allow_config_change)
+            return _program("distributed").spawn(_without_nproc(args), args.nproc)
+        return _program("train").train(config, allow_changes=args.allow_config_change)
+
+    return _with_config(args, run)
+
+
+def _without_nproc(args: argparse.Namespace) -> list[str]:
+    """The command line of one rank."""
+    flags = ["--allow-config-change"] if args.allow_config_change else []
+    return ["train", *flags, args.config, *args.overrides]
+
+
+def _sample_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RUN_OR_EXPORT", help="run directory, or exported pipeline folder")
+    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    parser.add_argument("--negative-prompt", default="", help="what guidance leads away from (the empty caption)")
+    parser.add_argument(
+        "--out", default="samples.png", metavar="FILE", help="PNG, prompts under the images (%(default)s)"
+    )
+    parser.add_argument("--images", type=_positive, default=4, metavar="N", help="per prompt (%(default)s)")
+    parser.add_argument("--height", type=_positive, metavar="PX", help="(the dataset's first bucket, or 1024)")
+    parser.add_argument("--width", type=_positive, metavar="PX")
+    parser.add_argument("--solver-steps", type=_positive, default=28, metavar="N", help="(%(default)s)")
+    parser.add_argument("--solver", default="euler", help="euler or heun (%(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=5.0, help="1 is no guidance (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    _weights_arguments(parser)
+
+
+def _weights_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of a run (the newest)")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a run (%(default)s)")
+    parser.add_argument(
+        "--vae", metavar="DIR", help="AutoencoderKL folder, where it is no longer where encode found it"
+    )
+    parser.add_argument(
+        "--text-encoder", action="append", default=[], metavar="ROLE=DIR", help="likewise, for clip_l, clip_g or t5"
+    )
+
+
+def _sample(args: argparse.Namespace) -> None:
+    _program("sample").sample_command(args)
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", help="run directory")
+    parser.add_argument("out", metavar="OUT", help="pipeline folder to make; must not exist")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the transformer (%(default)s)"
+    )
+    _weights_arguments(parser)
+
+
+def _export(args: argparse.Namespace) -> None:
+    _program("export").export_command(args)
+
+
+def _reflow(args: argparse.Namespace) -> int | None:
+    return _with_config(args, lambda config: _program("reflow").reflow(config))
+
+
+def _program(name: str):  # type: ignore[no-untyped-def]
+    return importlib.import_module(f"fmscale.{name}")
+
+
+def _path(text: str):  # type: ignore[no-untyped-def]
+    from pathlib import Path
+
+    return Path(text)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, given {text}")
+    return value
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "bundled real images -> shards -> encode -> train -> sample -> export, on CPU or GPU",
+        "fmscale quickstart --out quickstart",
+        _quickstart_arguments,
+        _quickstart,
+    ),
+    "encode": Command(
+        "images and captions -> indexed latent shards",
+        "fmscale encode configs/encode_sd3.yaml images=/data/photos out=/data/latents",
+        _config_arguments,
+        _encode,
+    ),
+    "index": Command(
+        "index the tars of a dataset, or check an indexed dataset byte for byte",
+        "fmscale index /data/latents --verify",
+        _index_arguments,
+        _index,
+    ),
+    "train": Command(
+        "train; a run directory that holds a checkpoint is resumed",
+        "fmscale train quickstart/train.yaml --nproc 2 run_dir=runs/mine steps=200",
+        _train_arguments,
+        _train,
+    ),
+    "sample": Command(
+        "prompts -> images, from a run or an exported folder",
+        'fmscale sample quickstart/run --prompt "a handwritten seven" --guidance-scale 3',
+        _sample_arguments,
+        _sample,
+    ),
+    "export": Command(
+        "a run -> a folder that StableDiffusion3Pipeline of diffusers loads",
+        "fmscale export quickstart/run exported --dtype fp32",
+        _export_arguments,
+        _export,
+    ),
+    "reflow": Command(
+        "a trained run -> (noise, latent) pairs, a dataset that train takes with flow.coupling=paired",
+        "fmscale reflow configs/reflow.yaml teacher=quickstart/run out=pairs",
+        _config_arguments,
+        _reflow,
+    ),
+}

@@ -1,0 +1,418 @@
+"""Every setting of every program: strict, frozen records, read from YAML and `a.b=c` overrides.
+
+A YAML file holds only differences: what it does not say comes from its one `base:` parent, then from the defaults here.
+Config is data. It has no behaviour, and a key that is not listed here is an error with a suggestion.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fmscale.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of a config: no coercion, no unknown keys, no change after it is made."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class DataConfig(Section):
+    path: Path
+    """Indexed dataset: a folder of latent shards with their index."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes per rank that read and decode; 0 reads in the training process."""
+
+
+class ModelConfig(Section):
+    family: Literal["mmdit"] = "mmdit"
+    """Row of `fmscale.models.MODELS`."""
+    layers: Positive = 24
+    heads: Positive = 24
+    head_dim: Positive = 64
+    """Width of one attention head; the model's width is heads x head_dim."""
+    latent_channels: Positive = 16
+    patch_size: Positive = 2
+    """Latent pixels on a side of one image token."""
+    context_dim: Positive = 4096
+    """Width of a text token; narrower CLIP features are padded with zeros."""
+    pooled_dim: Positive = 2048
+    pos_embed_max_size: Positive = 192
+    """Patches on a side that the position grid covers."""
+    base_size: Positive = 16
+    """Patches on a side of a square image at the base resolution."""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys, as SD3.5 has it."""
+    dual_attention_layers: tuple[int, ...] = ()
+    """Layers with a second attention over the image alone, as SD3.5-medium has it."""
+
+
+class FlowConfig(Section):
+    timesteps: Literal["uniform", "logit_normal"] = "logit_normal"
+    """Row of `fmscale.flow.timesteps.TIMESTEP_SAMPLERS`."""
+    logit_mean: float = 0.0
+    logit_std: Annotated[float, Field(gt=0)] = 1.0
+    shift: Annotated[float, Field(gt=0)] = 1.0
+    """Resolution shift of t, in training and in the exported scheduler; 3.0 is the paper's at 1024 px."""
+    coupling: Literal["independent", "paired"] = "independent"
+    """`independent`: fresh noise for each sample and step. `paired`: the noise that a reflow pair was made from."""
+
+
+class ConditioningConfig(Section):
+    dropout: Fraction = 0.1
+    """Share of images that train without any text; each of k encoders is dropped with probability dropout^(1/k)."""
+    null: Literal["empty", "zeros"] = "empty"
+    """What a dropped encoder says: the encoded empty caption, which stock pipelines feed for guidance, or zeros."""
+
+
+class OptimizerConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Applied to matrices; biases and norms have none."""
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 1000
+    """Steps over which the learning rate rises linearly from 0."""
+    decay_steps: Positive | None = None
+    """Step at which a cosine schedule reaches 0; null is `steps`."""
+
+
+class EmaConfig(Section):
+    decays: tuple[Decay, ...] = (0.9999,)
+    """One averaged copy of the weights for each; the first is the one that is sampled and exported."""
+
+
+class EngineConfig(Section):
+    zero_stage: Literal[1, 2, 3] = 1
+    """DeepSpeed ZeRO: 1 shards optimizer state and EMA, 2 gradients too, 3 weights too."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of the network; weights, moments and EMA are kept in fp32."""
+
+
+class CheckpointConfig(Section):
+    every_steps: Positive = 1000
+    keep: Positive = 3
+    """Newest checkpoints that are kept."""
+
+
+class LogConfig(Section):
+    every_steps: Positive = 10
+    """Steps between two writes of metrics; each step has its own line all the same."""
+    tensorboard: bool = True
+
+
+class TrainConfig(Section):
+    run_dir: Path
+    """Where the run lives; a run directory that holds a checkpoint is resumed."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    steps: Positive
+    """Optimizer steps."""
+    global_batch: Positive
+    """Images per optimizer step, over all ranks."""
+    micro_batch: Positive
+    """Most images that one rank works on at once; accumulation follows from it, global_batch and the world size."""
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    flow: FlowConfig = FlowConfig()
+    conditioning: ConditioningConfig = ConditioningConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+class TextSource(Section):
+    """One text encoder: a transformers folder, or an open_clip tower by name with its local checkpoint."""
+
+    path: Path | None = None
+    """Local transformers folder (CLIPTextModelWithProjection or T5EncoderModel)."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer, where it is not in `path`."""
+    open_clip: str | None = None
+    """Name of an open_clip model, such as ViT-bigG-14."""
+    checkpoint: Path | None = None
+    """Local .safetensors checkpoint of that open_clip model."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TextSource:
+        if (self.path is None) == (self.open_clip is None):
+            raise ValueError("give either `path` (a transformers folder) or `open_clip` (a model's name), not both")
+        if (self.open_clip is None) != (self.checkpoint is None):
+            raise ValueError("`open_clip` and `checkpoint` go together")
+        return self
+
+
+class TextConfig(Section):
+    clip_l: TextSource
+    clip_g: TextSource
+    t5: TextSource | None = None
+    """Null: the model sees zeros in T5's place, as the stock pipeline feeds them."""
+    t5_length: Positive = 256
+    """Tokens of T5, or of the zeros in its place; 256 is what the stock pipeline uses unless told otherwise."""
+
+
+class EncodeConfig(Section):
+    images: Path
+    """A folder of images with a .txt caption beside each, or WebDataset tars as img2dataset writes them."""
+    out: Path
+    """Dataset to write: latent shards and their index."""
+    vae: Path
+    """Local AutoencoderKL folder."""
+    text: TextConfig
+    resolution_px: Positive = 256
+    """Side of the square with the area of every bucket."""
+    bucket_step_px: Positive = 64
+    """Bucket sides are multiples of this."""
+    max_aspect: Annotated[float, Field(ge=1)] = 2.0
+    """Longest side over shortest side of the most extreme bucket."""
+    buckets_px: tuple[tuple[Positive, Positive], ...] | None = None
+    """Explicit (height, width) pairs in place of the three keys above."""
+    latents: Literal["mean", "sample"] = "mean"
+    """Store the mean of the VAE's posterior, or one sample of it."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Storage of latents and text features."""
+    batch: Positive = 16
+    """Images encoded at once."""
+    shard_samples: Positive = 10_000
+    max_pixels: Positive = 100_000_000
+    """Larger images are refused before they are decoded."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class ReflowConfig(Section):
+    teacher: Path
+    """Run directory whose EMA weights generate."""
+    data: DataConfig
+    """Indexed dataset that gives the text features and the shapes."""
+    out: Path
+    """Dataset of (noise, latent) pairs to write; `train` takes it with flow.coupling=paired."""
+    pairs: Positive
+    """Pairs to generate, spread over the buckets as the dataset is."""
+    solver: Literal["euler", "heun"] = "euler"
+    solver_steps: Positive = 50
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    batch: Positive = 16
+    dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
+    """Storage of the generated latents."""
+    shard_samples: Positive = 10_000
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+ConfigType = TypeVar("ConfigType", bound=Section)
+CONFIGS: dict[str, type[Section]] = {"train": TrainConfig, "encode": EncodeConfig, "reflow": ReflowConfig}
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which duplicate keys are errors, 1e-4 is a number, and only true and false are booleans."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# The resolvers of YAML 1.2's core schema in place of YAML 1.1's, where `no` is false, 1:30 is 90 and 1e-4 is text.
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9][0-9_]*\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+",
+        "-+.0123456789",
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value that a piece of YAML stands for.
+
+    Args:
+        text: YAML, without anchors of arbitrary types: only plain data is ever built.
+        where: what to call it in an error, a file's path for instance.
+
+    Raises:
+        UserError: not valid YAML, or a key stands twice.
+    """
+    try:
+        return _Loader(text).get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"{where}:{mark.line + 1}" if mark else where
+        raise UserError(f"{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file merged over its `base:` parents; a parent's path is relative to the file that names it."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: `base:` leads back to itself; break the circle")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: cannot read the config: {reason}") from None
+    data = parse_yaml(text, str(path)) or {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values, this is a {type(data).__name__}")
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise UserError(f"{path}: `base:` takes the path of one YAML file, given {base!r}")
+    return merge(read_layers(path.parent / base, (*seen, path.resolve())), data)
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, mapping by mapping; neither is changed."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`["a.b=1", …]` as nested mappings; the value is read as YAML."""
+    data: dict[str, Any] = {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        parts = name.split(".")
+        if not equals or not all(parts):
+            raise UserError(f"command line: {override!r} is not an override; write key=value or part.key=value")
+        value = parse_yaml(text, f"command line: {name}")
+        for part in reversed(parts):
+            value = {part: value}
+        data = merge(data, value)
+    return data
+
+
+def load(kind: type[ConfigType], path: str | Path, overrides: Sequence[str] = ()) -> ConfigType:
+    """Read, merge and check a config.
+
+    Args:
+        kind: what it must be, such as `TrainConfig`.
+        path: YAML file.
+        overrides: `key=value` texts, laid over the file.
+
+    Raises:
+        UserError: one line that names the file or the command line, the key, what was given and what is allowed.
+    """
+    given = parse_overrides(overrides)
+    return check(kind, merge(read_layers(Path(path)), given), str(path), given)
+
+
+def check(kind: type[ConfigType], data: dict[str, Any], where: str, given: dict[str, Any] | None = None) -> ConfigType:
+    """`data` as a record of `kind`; `given` is the part of it that came from the command line."""
+    try:
+        return kind.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        # An unknown key is often the cause of a missing one: say it first.
+        first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        source = "command line" if _contains(given or {}, first["loc"]) else where
+        raise UserError(f"{source}: {_explain(kind, first)}{more}") from None
+
+
+def _contains(data: Any, loc: tuple[int | str, ...]) -> bool:
+    for part in loc:
+        if not isinstance(data, dict):
+            return True
+        if part not in data:
+            return False
+        data = data[part]
+    return True
+
+
+def _explain(kind: type[Section], problem: Any) -> str:
+    """One problem as `key: what is wrong, what was given, what is allowed`."""
+    loc = problem["loc"]
+    name = ".".join(str(part) for part in loc) or "config"
+    if problem["type"] == "extra_forbidden":
+        allowed = _keys_at(kind, loc[:-1])
+        everywhere = [path for path, _ in flatten_schema(kind)]
+        near = difflib.get_close_matches(str(loc[-1]), allowed, 1, 0.6)
+        prefix = "".join(f"{part}." for part in loc[:-1])
+        guess = [prefix + near[0]] if near else [path for path in everywhere if path.split(".")[-1] == loc[-1]]
+        hint = f"did you mean {guess[0]}? " if guess else ""
+        return f"{name}: no such key; {hint}allowed here: {', '.join(allowed)}"
+    if problem["type"] == "missing":
+        return f"{name}: must be given"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name}: {message[0].lower()}{message[1:]}; given {json.dumps(problem['input'], default=str)}"
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The record inside an annotation such as `TextSource | None`."""
+    candidates = (annotation, *get_args(annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+def _keys_at(kind: type[Section], loc: tuple[int | str, ...]) -> list[str]:
+    for part in loc:
+        field = kind.model_fields.get(str(part))
+        kind = (_section_of(field.annotation) if field else None) or kind
+    return list(kind.model_fields)
+
+
+def flatten_schema(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a config as (dotted path, field), parts before what they hold."""
+    for name, field in kind.model_fields.items():
+        yield prefix + name, field
+        if section := _section_of(field.annotation):
+            yield from flatten_schema(section, f"{prefix}{name}.")
+
+
+def flatten(config: Section) -> dict[str, Any]:
+    """Every value of a config by dotted path, as plain data."""
+
+    def walk(data: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in data.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(walk(config.model_dump(mode="json"), ""))
+
+
+def dump(config: Section) -> str:
+    """The whole config as YAML, such that reading it gives the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def schema(command: str) -> str:
+    """JSON schema of a command's config, for editors that complete and check YAML."""
+    described = CONFIGS[command].model_json_schema()
+    described["properties"]["base"] = {
+        "type": "string",
+        "description": "YAML file, relative to this one, under this one.",
+    }
+    described["required"] = []  # a file may leave keys to its `base:` or to the command line
+    return json.dumps(described, indent=1) + "\n"

@@ -1,0 +1,113 @@
+"""Ranks: who am I, how many are we, and the few collectives that programs need themselves."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of a job.
+
+    Attributes:
+        rank: 0 … world_size - 1.
+        local_rank: place on this machine, which is also the GPU's number.
+        world_size: processes of the job.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU of this rank, or the CPU where there is none."""
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that speaks and writes what is shared."""
+        return self.rank == 0
+
+
+def world_from_environment() -> World:
+    """The world that a launcher described (torchrun's names, else Slurm's), or a world of one.
+
+    Source: the environment of torchrun and of `srun`.
+    """
+    env = os.environ
+    if "RANK" in env:
+        return World(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]))
+    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return World(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"]))
+    return World(0, 0, 1)
+
+
+def rank_environment(world: World, address: str, port: int) -> dict[str, str]:
+    """The variables by which torch.distributed and DeepSpeed find one another."""
+    return {
+        "RANK": str(world.rank),
+        "LOCAL_RANK": str(world.local_rank),
+        "WORLD_SIZE": str(world.world_size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
+
+
+def free_port() -> int:
+    """A TCP port that was free on this machine a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def spawn(argv: Sequence[str], nproc: int) -> int:
+    """Run the command line `argv` on `nproc` local ranks, each a process of its own.
+
+    Returns:
+        The exit code of the first rank that failed, or 0. When one fails the others are ended; when this process
+        ends, so do they.
+    """
+    from torch.multiprocessing import ProcessExitedException, start_processes
+
+    port = free_port()
+    environments = [rank_environment(World(rank, rank, nproc), "127.0.0.1", port) for rank in range(nproc)]
+    try:
+        start_processes(_run_rank, args=(list(argv), environments), nprocs=nproc, start_method="spawn")
+    except ProcessExitedException as error:
+        return error.exit_code if error.exit_code > 0 else 1
+    return 0
+
+
+def _run_rank(rank: int, argv: list[str], environments: list[dict[str, str]]) -> None:
+    os.environ.update(environments[rank])
+    # Each rank would take every core; torchrun sets 1 for the same reason.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(environments))))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    from fmscale.cli import main
+
+    raise SystemExit(main(argv))
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum of `values` over all ranks, on every rank; the same tensor where there is one rank."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank where `flag` is true on at least one."""
+    return bool(total(torch.tensor([float(flag)], device=device)).item() > 0)

@@ -1,0 +1,280 @@
+"""Pre-encoding: images and captions -> aspect buckets -> indexed latent shards.
+
+data/images (bytes, caption) -> bucket -> resize and crop -> VAE ─┐
+                                        caption -> text encoders ─┴─► data/shards -> data/index
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmscale.batch import BadSample
+from fmscale.config import EncodeConfig
+from fmscale.data.buckets import assign, make_buckets
+from fmscale.data.images import ImageError, SourceImage, fit, load_image, read_images, was_squared
+from fmscale.data.index import Index, verify
+from fmscale.data.index_build import build_index
+from fmscale.data.shards import ShardWriter
+from fmscale.distributed import world_from_environment
+from fmscale.encoders.null import save_null
+from fmscale.encoders.text import TextEncoders, load_text_encoders
+from fmscale.encoders.vae import Vae, load_vae
+from fmscale.errors import UserError
+from fmscale.flow.noise import keyed_generator
+from fmscale.log import get_logger, progress
+
+log = get_logger(__name__)
+STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FAILURES = "failures.jsonl"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image that fits its bucket, on its way to the encoders.
+
+    Attributes:
+        key: unique in the dataset.
+        pixels: shape (3, H, W), in [-1, 1].
+        caption: as given.
+        meta: what the sample's json will say.
+        source_meta: what the source's json said.
+    """
+
+    key: str
+    pixels: Tensor
+    caption: str
+    meta: dict[str, Any]
+    source_meta: dict[str, Any]
+
+
+class Encoder:
+    """The frozen networks and how their output is stored."""
+
+    def __init__(self, config: EncodeConfig) -> None:
+        device = world_from_environment().device
+        self.config = config
+        self.storage = STORAGE[config.dtype]
+        self.vae: Vae = load_vae(config.vae, device)
+        sources = config.text.model_dump(mode="json", exclude={"t5_length"})
+        text_dtype = self.storage if device.type == "cuda" else torch.float32  # CPUs are slow in 16 bits
+        self.text: TextEncoders = load_text_encoders(sources, config.text.t5_length, device, text_dtype)
+
+    def encode(self, images: list[Prepared]) -> Iterator[tuple[Prepared, dict[str, Tensor]]]:
+        """Images of one bucket, each with the tensors that are stored of it, finite or not."""
+        generator = keyed_generator("posterior", self.config.seed, images[0].key)
+        latents = self.vae.encode(torch.stack([image.pixels for image in images]), generator, self.config.latents)
+        tensors = {"latents": latents, **self.text.encode([image.caption for image in images])}
+        stored = {name: value.to("cpu", self.storage) for name, value in tensors.items()}
+        for row, image in enumerate(images):
+            yield image, {name: value[row].contiguous() for name, value in stored.items()}
+
+    def null(self) -> dict[str, Tensor]:
+        """The features of the empty caption, as stored."""
+        return {name: value[0].to("cpu", self.storage) for name, value in self.text.encode([""]).items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What the dataset's manifest says about its making."""
+        sources = self.config.text.model_dump(mode="json", exclude={"t5_length"})
+        return {
+            "program": "fmscale encode",
+            "vae": {"path": str(self.config.vae.absolute()), **self.vae.identity()},
+            "text": {role: {"source": absolute(sources[role]), **made} for role, made in self.text.identity().items()},
+            "t5_length": self.config.text.t5_length,
+            "dtype": self.config.dtype,
+            "latents": self.config.latents,
+        }
+
+
+def absolute(source: dict[str, str | None]) -> dict[str, str | None]:
+    """A text encoder's source with paths that hold from any folder."""
+    paths = ("path", "tokenizer", "checkpoint")
+    return {key: str(Path(value).absolute()) if value and key in paths else value for key, value in source.items()}
+
+
+def encode(config: EncodeConfig) -> Index:
+    """Encode a source of images into a dataset.
+
+    An image that cannot be used is named, counted by reason, listed in `failures.jsonl`, and skipped.
+
+    Args:
+        config: what to encode, with what, and where to.
+
+    Returns:
+        The dataset's index. The folder `config.out` appears only when it is whole.
+
+    Raises:
+        UserError: a path is missing, `out` exists, buckets do not fit the VAE, the disk is full, or no image is usable.
+    """
+    buckets = list(config.buckets_px or make_buckets(config.resolution_px, config.bucket_step_px, config.max_aspect))
+    sources = read_images(config.images)
+    with new_folder(config.out) as folder:
+        encoder = Encoder(config)
+        _check_buckets(buckets, encoder.vae)
+        failures = _encode_all(config, encoder, buckets, folder, sources)
+        if not list(folder.glob("*.tar")):
+            raise UserError(f"images: no image in {config.images} could be encoded ({_tally(failures)})")
+        save_null(folder, encoder.null())
+        (folder / FAILURES).write_text("".join(json.dumps(failure) + "\n" for failure in failures))
+        build_index(folder, encoder.identity())
+    index = Index.open(config.out)
+    log.info("%s: %s samples in buckets %s", config.out, f"{len(index):,}", ", ".join(b.name for b in index.buckets))
+    if failures:
+        log.warning("%d images were skipped (%s); see %s", len(failures), _tally(failures), config.out / FAILURES)
+    return index
+
+
+def _encode_all(
+    config: EncodeConfig,
+    encoder: Encoder,
+    buckets: list[tuple[int, int]],
+    folder: Path,
+    sources: Iterator[SourceImage | BadSample],
+) -> list[dict[str, str]]:
+    """Write the shards; returns what was skipped and why."""
+    failures: list[dict[str, str]] = []
+    waiting: dict[tuple[int, int], list[Prepared]] = {bucket: [] for bucket in buckets}
+    squared = 0
+    with ShardWriter(folder, samples_per_shard=config.shard_samples) as writer, progress() as bar:
+        task = bar.add_task("encode", total=None)
+        for source in sources:
+            bar.advance(task)
+            try:
+                bucket, image = prepare(source, buckets, config.max_pixels)
+            except ImageError as error:
+                failures.append(_skip(source.key, str(error)))
+                continue
+            squared += was_squared(image.source_meta)
+            waiting[bucket].append(image)
+            if len(waiting[bucket]) == config.batch:
+                failures += _write_batch(encoder, writer, waiting[bucket])
+                waiting[bucket] = []
+        for images in waiting.values():
+            failures += _write_batch(encoder, writer, images) if images else []
+    if squared:
+        log.warning("%d images were made square by the program that fetched them: their aspect ratio is lost", squared)
+    return failures
+
+
+def _skip(key: str, reason: str) -> dict[str, str]:
+    log.warning("skipped %s: %s", key, reason)
+    return {"key": key, "reason": reason}
+
+
+def prepare(
+    source: SourceImage | BadSample, buckets: list[tuple[int, int]], max_pixels: int
+) -> tuple[tuple[int, int], Prepared]:
+    """Decode an image, find its bucket, and fit it.
+
+    Args:
+        source: bytes and caption, or why they cannot be had.
+        buckets: (height, width) in pixels.
+        max_pixels: larger images are refused before they are decoded.
+
+    Raises:
+        ImageError: no caption, or the image cannot be decoded.
+    """
+    if isinstance(source, BadSample):
+        raise ImageError(source.reason)
+    picture = load_image(source.data, max_pixels)
+    bucket = assign(picture.height, picture.width, buckets)
+    pixels, crop = fit(picture, *bucket)
+    meta = {
+        "caption": source.caption,
+        "source": source.source,
+        "original_size_px": [picture.height, picture.width],
+        "crop_px": list(crop),
+        "size_px": list(bucket),
+    }
+    return bucket, Prepared(source.key, pixels, source.caption, meta, source.meta)
+
+
+def _write_batch(encoder: Encoder, writer: ShardWriter, images: list[Prepared]) -> list[dict[str, str]]:
+    failures = []
+    for image, tensors in encoder.encode(images):
+        if all(bool(torch.isfinite(value).all()) for value in tensors.values()):
+            writer.write(image.key, tensors, image.meta)
+        else:
+            failures.append(_skip(image.key, "latents or text features are not finite"))
+    return failures
+
+
+def _check_buckets(buckets: list[tuple[int, int]], vae: Vae) -> None:
+    for height, width in buckets:
+        if height % vae.factor or width % vae.factor:
+            raise UserError(
+                f"bucket {height}x{width} px: the VAE needs multiples of {vae.factor} px; see bucket_step_px"
+            )
+
+
+def _tally(failures: list[dict[str, str]]) -> str:
+    return ", ".join(f"{count} x {reason}" for reason, count in Counter(f["reason"] for f in failures).most_common(5))
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder to write in that takes the name `final` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        UserError: `final` exists already, or the disk fails.
+    """
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise UserError(f"{final} exists already; give another folder, or remove it first")
+    temporary = final.absolute().with_name(f".{final.absolute().name}.writing")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.replace(final)
+    except OSError as error:
+        raise UserError(f"{final}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def index(dataset: Path, check: bool) -> int:
+    """Index a folder of tars, or check an indexed one byte for byte.
+
+    Args:
+        dataset: folder of latent shards.
+        check: read every byte and list what is damaged instead of writing an index.
+
+    Returns:
+        Exit code: 0, or 2 where something is damaged.
+    """
+    with progress() as bar:
+        task = bar.add_task("verify" if check else "index", total=None)
+
+        def report(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if check:
+            opened = Index.open(dataset, check_shards=False)
+            bad = verify(opened, report)
+        else:
+            opened, bad = build_index(dataset, _made_by(dataset), report), []
+    for sample in bad:
+        print(f"{sample.shard}: {sample.key or '(the shard itself)'}: {sample.reason}")
+    sizes = ", ".join(f"{bucket.name} ({bucket.count:,})" for bucket in opened.buckets)
+    print(f"{dataset}: {len(opened):,} samples in {len(opened.shards):,} shards, buckets {sizes}, {len(bad)} damaged")
+    return 2 if bad else 0
+
+
+def _made_by(dataset: Path) -> dict[str, Any] | None:
+    """What an older index of the dataset says about its making, so that indexing again does not forget it."""
+    if not (dataset / "index" / "manifest.json").is_file():
+        return None
+    try:
+        return Index.open(dataset, check_shards=False).made_by
+    except UserError as error:
+        log.warning("the old index is of no use, so what made this dataset is forgotten: %s", error)
+        return None

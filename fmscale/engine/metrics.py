@@ -1,0 +1,93 @@
+"""metrics.jsonl and TensorBoard: one object per optimizer step, written now and then, never twice."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+class MetricsLog:
+    """Collects a run's numbers and writes them on rank 0.
+
+    Tensors are kept as they are until `flush`, so that a step does not wait for the device.
+
+    Args:
+        run_dir: holds `metrics.jsonl` and `tensorboard/`.
+        first_step: the next step to be written; lines of that step or later, left by a run that went further before
+            it died, are removed.
+        tensorboard: write scalars there too.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int, tensorboard: bool) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self.records: list[dict[str, Any]] = []
+        _truncate(self.path, first_step)
+        self.writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+    def add(self, **record: Any) -> None:
+        """Take note of a step; values are numbers, texts, None or scalar tensors."""
+        self.records.append(record)
+
+    def flush(self) -> dict[str, Any] | None:
+        """Write what was added since; returns the last record as plain numbers, or None if there was nothing."""
+        if not self.records:
+            return None
+        records = [{key: _plain(value) for key, value in record.items()} for record in self.records]
+        self.records = []
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+        if self.writer is not None:
+            for record in records:
+                self._write_scalars(record)
+            self.writer.flush()
+        return records[-1]
+
+    def _write_scalars(self, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if key != "step" and isinstance(value, int | float):
+                self.writer.add_scalar(f"train/{key}", value, record["step"])  # type: ignore[union-attr]
+
+    def close(self) -> None:
+        """Write what is left and let go of the files."""
+        self.flush()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON knows no NaN
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl; a last line that a crash cut short is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _truncate(path: Path, first_step: int) -> None:
+    """Keep only the lines before `first_step`; the file is replaced whole or not at all."""
+    records = read_metrics(path)
+    kept = [record for record in records if record["step"] < first_step]
+    if not path.is_file():
+        return
+    temporary = path.with_suffix(".writing")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(temporary, path)

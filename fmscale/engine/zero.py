@@ -1,0 +1,222 @@
+"""DeepSpeed ZeRO 1, 2 and 3 behind five verbs: forward, backward, step, pieces, refresh.
+
+This file alone knows DeepSpeed. It knows nothing of images, text or flow.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmscale.distributed import World, free_port, rank_environment
+from fmscale.engine.optim import EMA_PREFIX, AdamWEMA
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of one parameter that this rank owns.
+
+    Attributes:
+        name: of the parameter, as in the model's `named_parameters`.
+        start: of the piece in the flattened parameter.
+        tensors: live views, 1-D fp32, all of the same length: `weight`, `exp_avg`, `exp_avg_sq` and the averages.
+    """
+
+    name: str
+    start: int
+    tensors: dict[str, Tensor]
+
+
+def init_process_group(world: World) -> None:
+    """Join the job's process group: NCCL on GPUs, gloo on CPUs.
+
+    Raises:
+        RuntimeError: the other ranks could not be found.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if world.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        os.environ.update(rank_environment(world, "127.0.0.1", free_port()))
+    os.environ.setdefault("RANK", str(world.rank))
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    os.environ.setdefault("WORLD_SIZE", str(world.world_size))
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On a CPU DeepSpeed would compile a shared-memory collective, for up to two minutes; gloo needs none.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+
+
+def leave_process_group() -> None:
+    """Part from the other ranks in order."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def deepspeed_config(zero_stage: int, dtype: str, micro_batch: int, clip_norm: float) -> dict[str, Any]:
+    """The settings DeepSpeed runs with.
+
+    Args:
+        zero_stage: 1, 2 or 3.
+        dtype: key of `DTYPES`.
+        micro_batch: images per rank and backward.
+        clip_norm: largest global gradient norm, 0 for none.
+    """
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,  # the loop says where a step ends: see `Engine.backward`
+        "gradient_clipping": clip_norm,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "zero_optimization": {
+            "stage": zero_stage,
+            "use_multi_rank_bucket_allreduce": False,  # reduce each rank's part to it, not everything to all
+            "overlap_comm": torch.cuda.is_available(),
+        },
+    }
+    if dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+        if zero_stage > 1:  # under stage 1 fp32 accumulation would select an optimizer with unsharded gradients
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+class Engine:
+    """A model under ZeRO.
+
+    Args:
+        model: on any device, with fp32 weights.
+        optimizer: over the model's parameters; under ZeRO it sees flat fp32 partitions.
+        config: from `deepspeed_config`.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: AdamWEMA, config: dict[str, Any]) -> None:
+        import deepspeed
+
+        self.optimizer = optimizer
+        self.stage: int = config["zero_optimization"]["stage"]
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.shapes = {name: tuple(p.shape) for name, p in zip(self.names, self.params, strict=True)}  # ZeRO-3 hides them
+        self.engine, self.zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        for flat in self._flat_partitions():
+            optimizer.init_state(flat)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights that the forward pass multiplies with."""
+        return self.params[0].dtype
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """The model's forward pass."""
+        return self.engine(*inputs, **named)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the loss's gradient, averaged over ranks, to the step's.
+
+        Args:
+            loss: scalar.
+            last: True for the last micro-batch of the step; the number of them may change from step to step.
+        """
+        self.engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self.engine.backward(loss)
+
+    def step(self, lr: float) -> bool:
+        """Clip, update weights, moments and averages, and clear the gradients.
+
+        Returns:
+            False where a gradient was not finite on any rank: then nothing was changed anywhere.
+        """
+        for group in self.zero.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return bool(self.engine.was_step_applied())
+
+    @property
+    def grad_norm(self) -> float | Tensor:
+        """Global norm of the last step's gradient, before clipping."""
+        return self.engine.get_global_grad_norm()
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates that were applied so far."""
+        return int(self.optimizer.state[self._flat_partitions()[0]]["step"].item())
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for flat in self._flat_partitions():
+            self.optimizer.state[flat]["step"].fill_(count)
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank owns, parameter by parameter; the tensors are views, so writing to them restores state."""
+        locate = self._locate_stage3 if self.stage == 3 else self._locate_stage12
+        for name, param in zip(self.names, self.params, strict=True):
+            if (place := locate(param)) is None:
+                continue
+            flat, offset, length, start = place
+            state = {key: value for key, value in self.optimizer.state[flat].items() if key in self._state_names}
+            tensors = {key: value.narrow(0, offset, length) for key, value in {WEIGHT: flat.detach(), **state}.items()}
+            yield Piece(name, start, tensors)
+
+    @property
+    def _state_names(self) -> set[str]:
+        state = self.optimizer.state[self._flat_partitions()[0]]
+        return {"exp_avg", "exp_avg_sq"} | {key for key in state if key.startswith(EMA_PREFIX)}
+
+    def _flat_partitions(self) -> list[Tensor]:
+        """The fp32 tensors that the optimizer works on."""
+        if self.stage == 3:
+            return list(self.zero.fp32_partitioned_groups_flat)
+        return list(self.zero.single_partition_of_fp32_groups)
+
+    def _locate_stage12(self, param: Any) -> tuple[Tensor, int, int, int] | None:
+        """(flat partition, offset in it, length, start in the parameter), or None where this rank owns nothing."""
+        mapping = param._hp_mapping
+        if mapping is None:
+            return None
+        flat = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        return (
+            flat,
+            mapping.hp_fragment_address.start,
+            mapping.hp_fragment_address.numel,
+            mapping.lp_fragment_address.start,
+        )
+
+    def _locate_stage3(self, param: Any) -> tuple[Tensor, int, int, int] | None:
+        group, offset, size = self.zero.grad_position[self.zero.get_param_id(param)]
+        start = size * torch.distributed.get_rank()
+        length = min(size, param.ds_numel - start)  # the last ranks hold padding
+        return (self.zero.fp32_partitioned_groups_flat[group], offset, length, start) if length > 0 else None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring the weights of the forward pass in line with the fp32 pieces, after these were written to."""
+        if self.stage == 3:
+            for param in self.params:
+                group, offset, size = self.zero.grad_position[self.zero.get_param_id(param)]
+                param.ds_tensor.data.copy_(self.zero.fp32_partitioned_groups_flat[group].narrow(0, offset, size))
+            return
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        rank = torch.distributed.get_rank()
+        for partitions, flat in zip(self.zero.parallel_partitioned_bit16_groups, self._flat_partitions(), strict=True):
+            partitions[rank].copy_(flat)
+        all_gather_dp_groups(
+            groups_flat=self.zero.bit16_groups_flat,
+            partitioned_param_groups=self.zero.parallel_partitioned_bit16_groups,
+            dp_process_group=self.zero.real_dp_process_group,
+            start_alignment_factor=self.zero.nccl_start_alignment_factor,
+            allgather_bucket_size=self.zero.allgather_bucket_size,
+        )

@@ -1,0 +1,152 @@
+"""A run -> a folder that stock diffusers loads as `StableDiffusion3Pipeline`, with nothing of fmscale in it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fmscale import __version__
+from fmscale.encode import new_folder
+from fmscale.errors import UserError
+from fmscale.log import get_logger
+from fmscale.models.names import diffusers_config, to_diffusers
+from fmscale.runs import Run, open_run
+from fmscale.sample import EXPORT_NOTE, load_frozen, parse_roles
+
+log = get_logger(__name__)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def export_command(args: argparse.Namespace) -> None:
+    """`fmscale export`."""
+    run = open_run(Path(args.run_dir), args.step)
+    export(run, Path(args.out), args.weights, args.dtype, vae=args.vae, text_encoders=parse_roles(args.text_encoder))
+
+
+def export(
+    run: Run,
+    out: Path,
+    weights: str = "ema",
+    dtype: str = "bf16",
+    *,
+    vae: str | None = None,
+    text_encoders: dict[str, str] | None = None,
+) -> None:
+    """Write a whole pipeline folder.
+
+    Args:
+        run: an open run.
+        out: folder to make; it appears only when it is whole.
+        weights: `ema` or `raw`.
+        dtype: key of `DTYPES`, of the transformer.
+        vae: folder of the VAE, where it has moved.
+        text_encoders: folders by role, likewise.
+
+    Raises:
+        UserError: `out` exists, the checkpoint is damaged, or a frozen network is not the one that made the dataset.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    with new_folder(out) as folder:
+        frozen_vae, text = load_frozen(run, vae, text_encoders or {}, torch.device("cpu"))
+        encoders = text.by_role
+        if missing := [role for role in ("clip_l", "clip_g") if role not in encoders]:
+            raise UserError(f"{run.path}: was trained without {missing[0]}, which StableDiffusion3Pipeline needs")
+        t5 = encoders.get("t5")
+        pipeline = StableDiffusion3Pipeline(
+            transformer=_transformer(run, weights, DTYPES[dtype]),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=run.config.flow.shift),
+            vae=frozen_vae.model,
+            text_encoder=encoders["clip_l"].model,
+            tokenizer=encoders["clip_l"].tokenizer,
+            text_encoder_2=encoders["clip_g"].model,
+            tokenizer_2=encoders["clip_g"].tokenizer,
+            text_encoder_3=t5.model if t5 else None,
+            tokenizer_3=t5.tokenizer if t5 else None,
+        )
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        (folder / EXPORT_NOTE).write_text(json.dumps(_note(run, weights), indent=1) + "\n")
+        (folder / "README.md").write_text(model_card(run, weights, dtype))
+    log.info("exported %s weights of step %d to %s", weights, run.checkpoint.step, out)
+
+
+def _model_kwargs(run: Run) -> dict[str, Any]:
+    return run.config.model.model_dump(exclude={"family"})
+
+
+def _transformer(run: Run, weights: str, dtype: torch.dtype) -> torch.nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    kwargs = _model_kwargs(run)
+    config = diffusers_config(kwargs, sample_size=kwargs["base_size"] * kwargs["patch_size"])
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(**config)
+    state = {name: value.to(dtype) for name, value in to_diffusers(run.state(weights), kwargs).items()}
+    transformer.load_state_dict(state, assign=True)
+    return transformer
+
+
+def _note(run: Run, weights: str) -> dict[str, Any]:
+    """What sampling with fmscale needs and diffusers' files have no place for."""
+    return {
+        "fmscale": __version__,
+        "step": run.checkpoint.step,
+        "images_seen": run.description["images_seen"],
+        "weights": run.weight_kind(weights),
+        "null": run.config.conditioning.null,
+        "t5_length": run.made_by["t5_length"],
+        "base_size": run.config.model.base_size,
+        "dataset_fingerprint": run.description["dataset"]["fingerprint"],
+    }
+
+
+def model_card(run: Run, weights: str, dtype: str) -> str:
+    """README.md of the folder: what it is, how it was trained, and a snippet that runs."""
+    note, config = _note(run, weights), run.config
+    count = sum(torch.Size(shape).numel() for shape in run.checkpoint.index["parameters"].values())
+    rows = {
+        "architecture": f"MMDiT, {count:,} parameters, {config.model.layers} layers",
+        "weights": f"{note['weights']} of step {note['step']:,}, stored as {dtype}",
+        "images seen": f"{note['images_seen']:,}",
+        "dataset": f"fingerprint {note['dataset_fingerprint'][:16]}",
+        "timesteps": f"{config.flow.timesteps}, shift {config.flow.shift:g}",
+        "null conditioning": _NULL_TEXT[config.conditioning.null],
+        "text length": f"{note['t5_length']} T5 tokens" + ("" if "t5" in run.made_by["text"] else ", all zeros"),
+        "licence": "not stated; yours to choose",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"# A model trained with fmscale\n\n| | |\n|---|---|\n{table}\n\n```python\n{_snippet(run)}```\n"
+
+
+_NULL_TEXT = {
+    "empty": "the encoded empty caption, which pipelines feed for guidance unless told otherwise",
+    "zeros": "zeros: pass zeros as negative_prompt_embeds and negative_pooled_prompt_embeds, as below",
+}
+
+
+def _snippet(run: Run) -> str:
+    length, factor = run.made_by["t5_length"], run.made_by["vae"]["factor"]
+    side = run.config.model.base_size * run.config.model.patch_size * factor
+    extra = f", max_sequence_length={length}" if length != 256 else ""
+    head = textwrap.dedent("""\
+        from diffusers import StableDiffusion3Pipeline
+
+        pipe = StableDiffusion3Pipeline.from_pretrained("PATH OF THIS FOLDER")
+        prompt = "what the image shows"
+        """)
+    if run.config.conditioning.null == "empty":
+        call = f"pipe(prompt, height={side}, width={side}, guidance_scale=4.0{extra})"
+        return f"{head}image = {call}.images[0]\n"
+    return head + textwrap.dedent(f"""\
+        tokens, _, pooled, _ = pipe.encode_prompt(prompt, None, None, do_classifier_free_guidance=False{extra})
+        image = pipe(
+            prompt_embeds=tokens, pooled_prompt_embeds=pooled,
+            negative_prompt_embeds=0 * tokens, negative_pooled_prompt_embeds=0 * pooled,
+            height={side}, width={side}, guidance_scale=4.0,
+        ).images[0]
+        """)

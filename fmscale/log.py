@@ -1,0 +1,68 @@
+"""Words for the person who watches: rank 0 speaks, on standard error, in one voice."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+Item = TypeVar("Item")
+
+
+def setup() -> None:
+    """Send the log of rank 0 to standard error; other ranks report only warnings and errors."""
+    rank = int(os.environ.get("RANK", "0"))
+    level = logging.INFO if rank == 0 else logging.WARNING
+    logging.basicConfig(
+        format="%(message)s" if rank == 0 else f"rank {rank}: %(message)s", level=logging.WARNING, force=True
+    )
+    logging.getLogger("fmscale").setLevel(level)
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module; `name` is its `__name__`."""
+    return logging.getLogger(name)
+
+
+@contextmanager
+def progress(*fields: str) -> Iterator[Progress]:
+    """A progress bar with count, elapsed time and ETA on standard error, drawn by rank 0 on a terminal only.
+
+    Args:
+        fields: rich format texts shown after the bar, such as `"loss {task.fields[loss]}"`.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    visible = console.is_terminal and os.environ.get("RANK", "0") == "0"
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *(TextColumn(field) for field in fields),
+        TextColumn("elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not visible) as bar:
+        yield bar
+
+
+def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+    """The items one by one, under a progress bar."""
+    with progress() as bar:
+        yield from bar.track(items, total=total, description=description)

@@ -1,0 +1,207 @@
+"""A run directory: what is in it, whether a config may go on with it, and how its weights are read back.
+
+RUN/config.yaml       the merged config, written first
+    environment.json  versions, git hash, host and devices of the last start
+    metrics.jsonl     one object per optimizer step
+    tensorboard/      the same, as curves
+    checkpoints/      step-00001000/ and so on
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fmscale import __version__
+from fmscale.config import TrainConfig, dump, flatten, load
+from fmscale.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fmscale.engine.checkpoint import Checkpoint
+
+# Keys that leave the mathematics of a run alone: they may change between one start and the next.
+FREE_KEYS = {"run_dir", "micro_batch", "data.path", "data.workers", "engine.zero_stage"}
+FREE_PARTS = ("checkpoint.", "log.")
+_PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "webdataset", "safetensors", "numpy")
+
+
+def checkpoints_dir(run_dir: Path) -> Path:
+    """Where a run's checkpoints are."""
+    return run_dir / "checkpoints"
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """The changes from one config to another that would make it another run, one text each."""
+    before, after = flatten(old), flatten(new)
+    changed = [key for key in after if before.get(key) != after[key] and not _may_change(key, old, new)]
+    return [f"{key}: {before.get(key)} in the run, {after[key]} given" for key in changed]
+
+
+def _may_change(key: str, old: TrainConfig, new: TrainConfig) -> bool:
+    if key == "steps":
+        # A cosine that ends at `steps` bends with it.
+        fixed = new.optimizer.schedule == "constant" or new.optimizer.decay_steps is not None
+        return new.steps > old.steps and fixed
+    return key in FREE_KEYS or key.startswith(FREE_PARTS)
+
+
+def check_run_dir(config: TrainConfig, allow_changes: bool) -> None:
+    """Refuse a run directory that belongs to another run; nothing is written.
+
+    Args:
+        config: what is about to be trained.
+        allow_changes: go on although the config differs.
+
+    Raises:
+        UserError: says each difference.
+    """
+    written = config.run_dir / "config.yaml"
+    if not written.is_file():
+        if config.run_dir.is_dir() and any(config.run_dir.iterdir()):
+            raise UserError(f"run_dir: {config.run_dir} is not empty and holds no run; give another run_dir")
+        return
+    changes = differences(load(TrainConfig, written), config)
+    if changes and not allow_changes:
+        raise UserError(
+            f"run_dir: {config.run_dir} holds a run with another config ({'; '.join(changes)}); "
+            "give another run_dir, or --allow-config-change to go on with it all the same"
+        )
+
+
+def start_run_dir(config: TrainConfig, devices: list[str]) -> None:
+    """Make the run directory and write what is going to run, and on what."""
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        _replace(config.run_dir / "config.yaml", dump(config))
+        _replace(config.run_dir / "environment.json", json.dumps(environment(devices), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"run_dir: cannot write to {config.run_dir}: {error.strerror}") from None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def environment(devices: list[str]) -> dict[str, Any]:
+    """Versions, git hash, host and devices: what one wants to know of a run a year later."""
+    return {
+        "fmscale": __version__,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "git": git_hash(),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "devices": devices,
+    }
+
+
+def git_hash() -> str | None:
+    """Commit of the checkout that this code is in, with `-dirty` for local changes; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
+    return result.stdout.strip() or None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has saved at least one checkpoint.
+
+    Attributes:
+        path: its directory.
+        config: as it was trained.
+        checkpoint: the one that was asked for.
+    """
+
+    path: Path
+    config: TrainConfig
+    checkpoint: Checkpoint
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """What training wrote into the checkpoint beside the weights: the dataset and what made it, images seen."""
+        return self.checkpoint.index["description"]
+
+    @property
+    def made_by(self) -> Mapping[str, Any]:
+        """What made the dataset: VAE, text encoders, their paths.
+
+        Raises:
+            UserError: the dataset was indexed by hand, so nobody wrote it down.
+        """
+        made_by = self.description["dataset"]["made_by"]
+        if not made_by:
+            raise UserError(f"{self.path}: its dataset does not say which VAE and text encoders made it")
+        return made_by
+
+    def weight_kind(self, weights: str) -> str:
+        """Name in the checkpoint of `raw` or `ema` weights; the first of several averages."""
+        from fmscale.engine.optim import ema_name
+        from fmscale.engine.zero import WEIGHT
+
+        if weights == "raw":
+            return WEIGHT
+        if not self.config.ema.decays:
+            raise UserError(f"{self.path}: was trained without EMA; use --weights raw")
+        return ema_name(self.config.ema.decays[0])
+
+    def state(self, weights: str) -> dict[str, Tensor]:
+        """Weights by parameter name, float32.
+
+        Args:
+            weights: `ema` or `raw`.
+
+        Raises:
+            UserError: the checkpoint is damaged or has none.
+        """
+        from fmscale.engine.checkpoint import Fragments, verify
+
+        verify(self.checkpoint)
+        return dict(Fragments(self.checkpoint).full(self.weight_kind(weights)))
+
+    def model(self, weights: str) -> nn.Module:
+        """The network with its weights, on the CPU in float32, in evaluation mode."""
+        import torch
+
+        with torch.device("meta"):
+            model = build_model(self.config)
+        model.load_state_dict(self.state(weights), assign=True)
+        return model.requires_grad_(False).eval()
+
+
+def build_model(config: TrainConfig) -> nn.Module:
+    """The network that a config describes, freshly initialised."""
+    from fmscale.models import MODELS
+
+    return MODELS[config.model.family](**config.model.model_dump(exclude={"family"}))
+
+
+def open_run(path: Path, step: int | None = None) -> Run:
+    """Open a run directory for reading.
+
+    Args:
+        path: the directory that `fmscale train` was given as run_dir.
+        step: of the checkpoint; None for the newest.
+
+    Raises:
+        UserError: not a run directory, or no such checkpoint.
+    """
+    from fmscale.engine.checkpoint import at_step
+
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path}: not a run directory (no config.yaml in it)")
+    return Run(path, load(TrainConfig, path / "config.yaml"), at_step(checkpoints_dir(path), step))

@@ -1,0 +1,340 @@
+"""Prompts -> images, from a run directory or from an exported folder.
+
+encoders/text ──► Conditioning ─┐
+flow/noise ─────► noise ────────┴► flow/solver over the network ──► latents ──► encoders/vae ──► images
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from fmscale.batch import Conditioning
+from fmscale.distributed import world_from_environment
+from fmscale.encoders.text import ROLES, TextEncoders, assemble, load_text_encoders
+from fmscale.encoders.vae import Vae, load_vae
+from fmscale.errors import UserError
+from fmscale.flow.noise import draw_noise
+from fmscale.flow.solver import SOLVERS, Velocity, guide, time_grid
+from fmscale.log import get_logger
+from fmscale.runs import Run, open_run
+
+log = get_logger(__name__)
+EXPORT_NOTE = "fmscale.json"  # in an exported folder: what diffusers' own files have no place for
+PIPELINE_FOLDERS = {"clip_l": ("text_encoder", "tokenizer"), "clip_g": ("text_encoder_2", "tokenizer_2")}
+PIPELINE_FOLDERS["t5"] = ("text_encoder_3", "tokenizer_3")
+CAPTION_PX = 12
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A trained network with the frozen ones around it.
+
+    Attributes:
+        model: noisy latents to velocity, in evaluation mode.
+        vae: latents to images.
+        text: captions to features.
+        context_dim: token width that the model takes.
+        t5_length: T5 tokens, or zeros in their place.
+        null: what the model was trained on in place of text, `empty` or `zeros`.
+        shift: of the timesteps it was trained with.
+        patch_size: latent pixels on a side of a patch.
+        base_size: patches on a side of an image at the base resolution.
+    """
+
+    model: nn.Module
+    vae: Vae
+    text: TextEncoders
+    context_dim: int
+    t5_length: int
+    null: str
+    shift: float
+    patch_size: int
+    base_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.model.parameters()).device
+
+    def condition(self, captions: list[str]) -> Conditioning:
+        """What the network is told about these captions."""
+        features = self.text.encode(captions)
+        return assemble(features, context_dim=self.context_dim, t5_length=self.t5_length)
+
+    def unconditional(self, negative_prompts: list[str]) -> Conditioning:
+        """What guidance leads away from: the negative prompts, or zeros where those are empty and zeros were trained."""
+        conditioning = self.condition(negative_prompts)
+        if self.null == "empty" or any(negative_prompts):
+            return conditioning
+        zeros = (torch.zeros_like(conditioning.context), torch.zeros_like(conditioning.pooled))
+        return Conditioning(*zeros, conditioning.repeats)
+
+    def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
+        """(C, H, W) of an image of this size.
+
+        Raises:
+            UserError: the size does not divide into patches.
+        """
+        step = self.vae.factor * self.patch_size
+        if height_px % step or width_px % step:
+            raise UserError(f"an image of {height_px}x{width_px} px: both sides must be multiples of {step}")
+        return self.vae.channels, height_px // self.vae.factor, width_px // self.vae.factor
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Images of latents (B, C, H, W): shape (B, height, width, 3), uint8."""
+        images = self.vae.decode(latents).float().add(1).mul(127.5).round().clamp(0, 255)
+        return images.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
+
+
+def velocity_of(model: nn.Module, conditioning: Conditioning) -> Velocity:
+    """The network's velocity for fixed text, in float32, without gradients."""
+
+    @torch.no_grad()
+    def velocity(noisy_latents: Tensor, t: Tensor) -> Tensor:
+        return model(noisy_latents, t, conditioning.context, conditioning.pooled, conditioning.repeats).float()
+
+    return velocity
+
+
+def sample_latents(
+    model: nn.Module,
+    noise: Tensor,
+    times: Sequence[float],
+    conditioning: Conditioning,
+    unconditional: Conditioning | None = None,
+    guidance_scale: float = 1.0,
+    solver: str = "euler",
+) -> Tensor:
+    """Solve the learned ODE from noise to latents.
+
+    Args:
+        model: noisy latents to velocity.
+        noise: shape (B, C, H, W), float32.
+        times: falling from 1 to 0, as `time_grid` gives them, or a scheduler's sigmas.
+        conditioning: of the prompts.
+        unconditional: of what guidance leads away from; None means no guidance.
+        guidance_scale: 1 is no guidance.
+        solver: row of `SOLVERS`.
+
+    Returns:
+        Latents, shape of `noise`, float32.
+
+    Raises:
+        UserError: no such solver.
+    """
+    if solver not in SOLVERS:
+        raise UserError(f"solver: {solver!r} is none of {', '.join(SOLVERS)}")
+    velocity = velocity_of(model, conditioning)
+    if unconditional is not None and guidance_scale != 1.0:
+        velocity = guide(velocity, velocity_of(model, unconditional), guidance_scale)
+    return SOLVERS[solver](velocity, noise, times)
+
+
+def sample_command(args: argparse.Namespace) -> None:
+    """`fmscale sample`: write a PNG with `args.images` images for each prompt, prompts under the images."""
+    source, out = Path(args.source), Path(args.out)
+    if not out.parent.is_dir():
+        raise UserError(f"--out: there is no folder {out.parent} to write {out.name} in")
+    generator = open_generator(
+        source, step=args.step, weights=args.weights, vae=args.vae, text_encoders=parse_roles(args.text_encoder)
+    )
+    side = generator.base_size * generator.patch_size * generator.vae.factor
+    shape = generator.latent_shape(args.height or side, args.width or side)
+    times = time_grid(args.solver_steps, generator.shift)
+    images, captions = [], []
+    for number, prompt in enumerate(args.prompt):
+        noise = torch.stack([draw_noise(shape, "sample", args.seed, number, i) for i in range(args.images)])
+        latents = sample_latents(
+            generator.model,
+            noise.to(generator.device),
+            times,
+            generator.condition([prompt] * args.images),
+            generator.unconditional([args.negative_prompt] * args.images),
+            args.guidance_scale,
+            args.solver,
+        )
+        images.extend(generator.decode(latents))
+        captions.extend([prompt] * args.images)
+    contact_sheet(images, captions, columns=args.images).save(out)
+    log.info("%d images in %s", len(images), out)
+
+
+def parse_roles(texts: Sequence[str]) -> dict[str, str]:
+    """`["clip_l=DIR", …]` by role.
+
+    Raises:
+        UserError: not of that form, or an unknown role.
+    """
+    roles = {}
+    for text in texts:
+        role, equals, folder = text.partition("=")
+        if not equals or role not in ROLES:
+            raise UserError(f"--text-encoder: {text!r}; write ROLE=DIR with one of {', '.join(ROLES)}")
+        roles[role] = folder
+    return roles
+
+
+def open_generator(
+    source: Path,
+    *,
+    step: int | None = None,
+    weights: str = "ema",
+    vae: str | None = None,
+    text_encoders: Mapping[str, str] | None = None,
+) -> Generator:
+    """Load everything that it takes to draw.
+
+    Args:
+        source: a run directory or an exported folder.
+        step: checkpoint of a run; None for the newest.
+        weights: `ema` or `raw`, of a run.
+        vae: folder to use in place of the one that the dataset names.
+        text_encoders: folders by role, likewise.
+
+    Raises:
+        UserError: `source` is neither, or a frozen network is gone or is not the one that made the dataset.
+    """
+    if (source / EXPORT_NOTE).is_file():
+        return _open_export(source)
+    if (source / "model_index.json").is_file():
+        raise UserError(f"{source}: a pipeline that fmscale did not export; draw from it with diffusers")
+    run = open_run(source, step)
+    device = world_from_environment().device
+    frozen_vae, text = load_frozen(run, vae, text_encoders or {}, device)
+    return Generator(
+        model=run.model(weights).to(device),
+        vae=frozen_vae,
+        text=text,
+        context_dim=run.config.model.context_dim,
+        t5_length=run.made_by["t5_length"],
+        null=run.config.conditioning.null,
+        shift=run.config.flow.shift,
+        patch_size=run.config.model.patch_size,
+        base_size=run.config.model.base_size,
+    )
+
+
+def load_frozen(
+    run: Run, vae: str | None, text_encoders: Mapping[str, str], device: torch.device
+) -> tuple[Vae, TextEncoders]:
+    """The VAE and the text encoders that made a run's dataset.
+
+    Args:
+        run: names them.
+        vae: folder, where it has moved.
+        text_encoders: folders by role, where they have moved.
+        device: where they compute.
+
+    Raises:
+        UserError: one is gone, or is another than the one that made the dataset.
+    """
+    made_by = run.made_by
+    loaded = load_vae(vae or made_by["vae"]["path"], device)
+    given, needed = loaded.identity(), made_by["vae"]
+    if wrong := [key for key in ("channels", "factor", "scale", "shift") if given[key] != needed[key]]:
+        facts = ", ".join(f"{key} {given[key]} instead of {needed[key]}" for key in wrong)
+        raise UserError(f"{vae or needed['path']}: not the VAE that made the dataset: {facts}")
+    if given["sha256"] != needed["sha256"]:
+        log.warning("the VAE's weights are not those that made the dataset: right for a finetuned decoder, else wrong")
+    sources = {role: made["source"] for role, made in made_by["text"].items()}
+    sources |= {role: {"path": folder} for role, folder in text_encoders.items()}
+    text = load_text_encoders(sources, made_by["t5_length"], device)
+    for role, identity in text.identity().items():
+        if identity["sha256"] != made_by["text"].get(role, {}).get("sha256"):
+            raise UserError(
+                f"{role}: the weights are not those that made the dataset; give its folder: --text-encoder {role}=DIR"
+            )
+    return loaded, text
+
+
+def _open_export(folder: Path) -> Generator:
+    from fmscale.models.mmdit import MMDiT
+    from fmscale.models.names import from_diffusers, model_kwargs_from_diffusers
+
+    device = world_from_environment().device
+    note = _read_json(folder / EXPORT_NOTE)
+    config = _read_json(folder / "transformer" / "config.json")
+    kwargs = model_kwargs_from_diffusers(config, note["base_size"])
+    with torch.device("meta"):
+        model = MMDiT(**kwargs)
+    state = {name: value.float() for name, value in _read_weights(folder / "transformer").items()}
+    model.load_state_dict(from_diffusers(state, kwargs), assign=True)
+    present = {role: names for role, names in PIPELINE_FOLDERS.items() if (folder / names[0]).is_dir()}
+    sources = {
+        role: {"path": str(folder / model_name), "tokenizer": str(folder / tokenizer)}
+        for role, (model_name, tokenizer) in present.items()
+    }
+    return Generator(
+        model=model.requires_grad_(False).eval().to(device),
+        vae=load_vae(folder / "vae", device),
+        text=load_text_encoders(sources, note["t5_length"], device),
+        context_dim=kwargs["context_dim"],
+        t5_length=note["t5_length"],
+        null=note["null"],
+        shift=_read_json(folder / "scheduler" / "scheduler_config.json")["shift"],
+        patch_size=kwargs["patch_size"],
+        base_size=note["base_size"],
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); export the run again") from None
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    from fmscale.encoders.weights import weight_files
+
+    state: dict[str, Tensor] = {}
+    for file in weight_files(folder, "diffusion_pytorch_model"):
+        state |= load_file(file)
+    return state
+
+
+def contact_sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns: int) -> Image.Image:
+    """Images in rows, each with its caption under it.
+
+    Args:
+        images: each (height, width, 3), uint8.
+        captions: one for each.
+        columns: images in a row.
+    """
+    font = ImageFont.load_default(CAPTION_PX)
+    wrapped = [_wrap(caption, font, image.shape[1]) for image, caption in zip(images, captions, strict=True)]
+    lines = max(text.count("\n") + 1 for text in wrapped)
+    cell_width = max(image.shape[1] for image in images) + 8
+    cell_height = max(image.shape[0] for image in images) + 8 + lines * (CAPTION_PX + 3)
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (cell_width * columns, cell_height * rows), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, (image, text) in enumerate(zip(images, wrapped, strict=True)):
+        left, top = place % columns * cell_width + 4, place // columns * cell_height + 4
+        sheet.paste(Image.fromarray(image), (left, top))
+        draw.multiline_text((left, top + image.shape[0] + 2), text, fill="black", font=font, spacing=2)
+    return sheet
+
+
+def _wrap(caption: str, font: Any, width_px: int) -> str:
+    """Break a caption into lines that are no wider than an image, where its words allow."""
+    lines = [""]
+    for word in caption.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width_px:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)

@@ -1,0 +1,435 @@
+"""Training: build, loop, train_step. Read it from the top; each formula is two hops away.
+
+data/order -> data/reader -> data/loader ──► Batch
+train_step: flow/timesteps, flow/path ──► t, noisy_latents, velocity ; conditioning dropout
+            engine(noisy_latents, t, context, pooled) ──► velocity ; flow/loss ──► loss per image
+            engine.backward ; after the last micro-batch engine.step (clip, AdamW + EMA)
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmscale.batch import Batch, Conditioning
+from fmscale.config import TrainConfig
+from fmscale.data.index import Index
+from fmscale.data.loader import build_loader
+from fmscale.data.order import Order, Split, split
+from fmscale.distributed import World, total, world_from_environment
+from fmscale.encoders.null import load_null
+from fmscale.encoders.text import ROLES, assemble
+from fmscale.engine import checkpoint as checkpoints
+from fmscale.engine.metrics import MetricsLog
+from fmscale.engine.optim import AdamWEMA, learning_rate, parameter_groups
+from fmscale.engine.zero import Engine, deepspeed_config, init_process_group, leave_process_group
+from fmscale.errors import UserError
+from fmscale.flow.coupling import COUPLINGS
+from fmscale.flow.loss import draw_dropped, velocity_mse
+from fmscale.flow.noise import keyed_generator
+from fmscale.flow.path import interpolate
+from fmscale.flow.timesteps import TIMESTEP_SAMPLERS, shift_timesteps
+from fmscale.log import get_logger, progress
+from fmscale.runs import build_model, check_run_dir, checkpoints_dir, start_run_dir
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What training needs to know of its data beside the samples.
+
+    Attributes:
+        index: where each sample is.
+        encoders: text encoders whose features are stored.
+        t5_length: T5 tokens, or zeros in their place.
+        null: per stored text tensor, what replaces it when its encoder is dropped.
+    """
+
+    index: Index
+    encoders: tuple[str, ...]
+    t5_length: int
+    null: dict[str, Tensor]
+
+
+class Draws(NamedTuple):
+    """What is random in a step, for the whole global batch.
+
+    Attributes:
+        t: shape (global_batch,).
+        dropped: shape (global_batch, encoders), bool: which text encoder is dropped for which image.
+    """
+
+    t: Tensor
+    dropped: Tensor
+
+
+def train(config: TrainConfig, *, allow_changes: bool = False) -> None:
+    """Train from the newest checkpoint of the run directory, or from scratch, until `config.steps`.
+
+    Every rank of the job calls it.
+
+    Args:
+        config: what to train.
+        allow_changes: go on in a run directory whose config differs.
+
+    Raises:
+        UserError: before anything is written, if config, dataset and run directory do not fit together.
+    """
+    world = world_from_environment()
+    dataset = check_setup(config, world.world_size, allow_changes)
+    init_process_group(world)
+    try:
+        if world.is_main:
+            start_run_dir(config, _device_names(world))
+        engine = build_engine(config, world)
+        start = resume(config, dataset, engine, world)
+        loop(config, dataset, engine, world, start)
+    finally:
+        leave_process_group()
+
+
+def check_setup(config: TrainConfig, world_size: int, allow_changes: bool = False) -> Dataset:
+    """Open the dataset and refuse what cannot work, before anything is made.
+
+    Raises:
+        UserError: says which key and which fact of the dataset disagree.
+    """
+    dataset = open_dataset(config)
+    split(config.global_batch, world_size, config.micro_batch)
+    check_run_dir(config, allow_changes)
+    return dataset
+
+
+def open_dataset(config: TrainConfig) -> Dataset:
+    """The dataset of a config, checked against the model that is to learn it."""
+    index = Index.open(config.data.path)
+    shapes = {name: shape for name, (_, shape) in index.layout.items()}
+    _check_latents(config, index, shapes["latents"][0])
+    _check_coupling(config, index)
+    encoders = tuple(role for role in ROLES if role in shapes)
+    if not encoders:
+        raise UserError(
+            f"data.path: {index.path} holds no text features ({', '.join(ROLES)}); make it by `fmscale encode`"
+        )
+    names = [name for name in shapes if name.removesuffix("_pooled") in encoders]
+    if config.conditioning.null == "zeros":
+        null = {name: torch.zeros(shapes[name]) for name in names}
+    else:
+        null = load_null(index.path, names)
+    t5_length = (index.made_by or {}).get("t5_length", 256)
+    check = assemble(
+        {name: value[None] for name, value in null.items()}, context_dim=config.model.context_dim, t5_length=t5_length
+    )
+    if check.pooled.shape[1] != config.model.pooled_dim:
+        raise UserError(
+            f"model.pooled_dim: {config.model.pooled_dim}, the dataset's pooled text has {check.pooled.shape[1]}"
+        )
+    return Dataset(index, encoders, t5_length, null)
+
+
+def _check_latents(config: TrainConfig, index: Index, channels: int) -> None:
+    if channels != config.model.latent_channels:
+        raise UserError(f"model.latent_channels: {config.model.latent_channels}, the dataset's latents have {channels}")
+    limit = config.model.pos_embed_max_size * config.model.patch_size
+    for bucket in index.buckets:
+        if bucket.height % config.model.patch_size or bucket.width % config.model.patch_size:
+            raise UserError(
+                f"model.patch_size: {config.model.patch_size} does not divide the dataset's bucket {bucket.name}"
+            )
+        if max(bucket.height, bucket.width) > limit:
+            raise UserError(
+                f"model.pos_embed_max_size: covers {limit} latent pixels, the dataset has bucket {bucket.name}"
+            )
+
+
+def _check_coupling(config: TrainConfig, index: Index) -> None:
+    if config.flow.coupling == "paired" and (index.made_by or {}).get("program") != "fmscale reflow":
+        raise UserError(f"flow.coupling: `paired` needs a dataset made by `fmscale reflow`, {index.path} is none")
+
+
+def build_engine(config: TrainConfig, world: World) -> Engine:
+    """The freshly initialised model under ZeRO."""
+    torch.manual_seed(config.seed)
+    model = build_model(config).to(world.device)
+    options = config.optimizer
+    optimizer = AdamWEMA(
+        parameter_groups(model, options.weight_decay),
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        ema_decays=config.ema.decays,
+    )
+    pieces = split(config.global_batch, world.world_size, config.micro_batch)
+    settings = deepspeed_config(config.engine.zero_stage, config.engine.dtype, pieces.micro_batch, options.clip_norm)
+    return Engine(model, optimizer, settings)
+
+
+def resume(config: TrainConfig, dataset: Dataset, engine: Engine, world: World) -> int:
+    """Restore the newest checkpoint, if there is one.
+
+    Returns:
+        The step to go on with: how many are done.
+
+    Raises:
+        UserError: the checkpoint is damaged, or the dataset is not the one it was trained on.
+    """
+    found = checkpoints.latest(checkpoints_dir(config.run_dir))
+    if found is None:
+        return 0
+    trained_on = found.index["description"]["dataset"]["fingerprint"]
+    if trained_on != dataset.index.fingerprint:
+        raise UserError(
+            f"data.path: {dataset.index.path} is not the dataset of {found.path} "
+            f"(fingerprint {dataset.index.fingerprint[:12]}, trained on {trained_on[:12]}); start another run_dir"
+        )
+    checkpoints.verify(found, world.rank, world.world_size)
+    checkpoints.restore(found, engine.pieces())
+    engine.updates = found.index["updates"]
+    engine.refresh()
+    log.info("resumed %s", found.path)
+    return found.step
+
+
+def loop(config: TrainConfig, dataset: Dataset, engine: Engine, world: World, start: int) -> None:
+    """Steps `start` … `config.steps`, with metrics and checkpoints."""
+    if start >= config.steps:
+        log.info("nothing to do: %d of %d steps are done; raise `steps` to train on", start, config.steps)
+        return
+    portions = split(config.global_batch, world.world_size, config.micro_batch)
+    batches = iter(batches_of(config, dataset, portions, world, start))
+    null = {name: value.to(world.device) for name, value in dataset.null.items()}
+    metrics = MetricsLog(config.run_dir, start + 1, config.log.tensorboard) if world.is_main else None
+    announce(config, dataset, engine, portions, start)
+    shown = "loss {task.fields[loss]:.4f} · {task.fields[rate]:.1f} images/s"
+    with progress(shown) as bar:
+        task = bar.add_task("train", total=config.steps, completed=start, loss=float("nan"), rate=0.0)
+        for step in range(start, config.steps):
+            began = time.perf_counter()
+            lr = learning_rate_at(config, step)
+            result = train_step(config, dataset, engine, batches, portions, world, null, step, lr)
+            done, seconds = step + 1, time.perf_counter() - began
+            if metrics is not None:
+                metrics.add(**step_record(config, result, done, lr, seconds))
+                if done % config.log.every_steps == 0 or done == config.steps:
+                    last = metrics.flush() or {}
+                    loss = float("nan") if last["loss"] is None else last["loss"]
+                    bar.update(task, completed=done, loss=loss, rate=last["images_per_s"])
+            if done % config.checkpoint.every_steps == 0 or done == config.steps:
+                if metrics is not None:
+                    metrics.flush()
+                save(config, dataset, engine, world, done)
+    if metrics is not None:
+        metrics.close()
+        log.info(
+            "done: %d steps, %s images, in %s", config.steps, f"{config.steps * config.global_batch:,}", config.run_dir
+        )
+
+
+def batches_of(config: TrainConfig, dataset: Dataset, portions: Split, world: World, start: int) -> Iterator[Batch]:
+    """This rank's micro-batches from step `start` on."""
+    order = Order([(b.name, b.count) for b in dataset.index.buckets], config.global_batch, config.seed)
+    return build_loader(
+        dataset.index,
+        order,
+        portions,
+        rank=world.rank,
+        start_step=start,
+        stop_step=config.steps,
+        noise=functools.partial(draw_noise, config.flow.coupling, config.seed),
+        workers=config.data.workers,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def draw_noise(coupling: str, seed: int, shape: Sequence[int], step: int, slot: int, meta: dict[str, Any]) -> Tensor:
+    """The noise of one slot of a global batch; the loader's workers call it."""
+    return COUPLINGS[coupling](shape, meta, (seed, step, slot))
+
+
+def draw_step(config: TrainConfig, step: int, encoders: int) -> Draws:
+    """Timesteps and dropped encoders of a global batch: a function of seed and step alone."""
+    flow = config.flow
+    sampler = TIMESTEP_SAMPLERS[flow.timesteps]
+    t = sampler(config.global_batch, keyed_generator("t", config.seed, step), mean=flow.logit_mean, std=flow.logit_std)
+    generator = keyed_generator("dropout", config.seed, step)
+    dropped = draw_dropped(config.global_batch, encoders, config.conditioning.dropout, generator)
+    return Draws(shift_timesteps(t, flow.shift), dropped)
+
+
+class StepResult(NamedTuple):
+    """What a step leaves for the log.
+
+    Attributes:
+        sums: over all ranks: loss of the images, images that counted, damaged samples; shape (3,).
+        grad_norm: before clipping.
+        applied: False where a gradient was not finite, so that nothing was changed.
+        bucket: latent (height, width).
+        data_wait_s: time spent waiting for the loader.
+    """
+
+    sums: Tensor
+    grad_norm: float | Tensor
+    applied: bool
+    bucket: tuple[int, int]
+    data_wait_s: float
+
+
+def train_step(
+    config: TrainConfig,
+    dataset: Dataset,
+    engine: Engine,
+    batches: Iterator[Batch],
+    portions: Split,
+    world: World,
+    null: Mapping[str, Tensor],
+    step: int,
+    lr: float,
+) -> StepResult:
+    """One optimizer step: this rank's micro-batches forward and backward, then the update.
+
+    The gradient is that of the loss summed over the global batch's sound images, divided by `global_batch`: the same
+    for every world size and micro-batch.
+    """
+    draws = draw_step(config, step, len(dataset.encoders))
+    sums = torch.zeros(3, device=world.device)
+    waited = 0.0
+    for micro in range(portions.accumulation):
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        assert batch.step == step, f"the loader is at step {batch.step}, the trainer at {step}"
+        _report_bad(batch)
+        batch = batch.to(world.device)
+        places = batch.slots.clamp(max=config.global_batch - 1)  # padding has weight 0: any draw will do
+        t, dropped = draws.t[places].to(world.device), draws.dropped[places].to(world.device)
+        text = drop_text(batch.tensors, dataset.encoders, dropped, null)
+        given = assemble(text, context_dim=config.model.context_dim, t5_length=dataset.t5_length)
+        losses = losses_of(engine, batch, t, given)
+        loss = (losses * batch.weight).sum() * (world.world_size / config.global_batch)  # ranks' gradients are averaged
+        engine.backward(loss, last=micro == portions.accumulation - 1)
+        sums += torch.stack(
+            [(losses.detach() * batch.weight).sum(), batch.weight.sum(), batch.weight.new_tensor(len(batch.bad))]
+        )
+    applied = engine.step(lr)
+    return StepResult(total(sums), engine.grad_norm, applied, batch.bucket, waited)
+
+
+def losses_of(engine: Engine, batch: Batch, t: Tensor, given: Conditioning) -> Tensor:
+    """Loss of each image of a micro-batch, shape (B,)."""
+    noisy_latents, velocity = interpolate(batch.tensors["latents"].float(), batch.noise, t)
+    predicted = engine(noisy_latents, t, given.context, given.pooled, given.repeats)
+    return velocity_mse(predicted, velocity)
+
+
+def drop_text(
+    tensors: Mapping[str, Tensor], encoders: Sequence[str], dropped: Tensor, null: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Text features in which dropped encoders say what they say of the null.
+
+    Args:
+        tensors: stored tensors by name, (B, ...) each.
+        encoders: in the order of the columns of `dropped`.
+        dropped: shape (B, encoders), bool.
+        null: per text tensor, without the batch dimension.
+    """
+    text = {}
+    for column, encoder in enumerate(encoders):
+        for name in (encoder, f"{encoder}_pooled"):
+            if name in null:
+                value = tensors[name].float()
+                mask = dropped[:, column].reshape(-1, *[1] * (value.ndim - 1))
+                text[name] = torch.where(mask, null[name], value)
+    return text
+
+
+def learning_rate_at(config: TrainConfig, step: int) -> float:
+    """The learning rate of a step, counted from 0."""
+    options = config.optimizer
+    return learning_rate(
+        step,
+        peak=options.lr,
+        warmup_steps=options.warmup_steps,
+        schedule=options.schedule,
+        decay_steps=options.decay_steps or config.steps,
+    )
+
+
+def step_record(config: TrainConfig, result: StepResult, done: int, lr: float, seconds: float) -> dict[str, Any]:
+    """A step's object in metrics.jsonl."""
+    return {
+        "step": done,
+        "images_seen": done * config.global_batch,
+        "phase": 0,
+        "bucket": f"{result.bucket[0]}x{result.bucket[1]}",
+        "loss": result.sums[0] / result.sums[1],
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "applied": result.applied,
+        "bad_samples": result.sums[2].int(),
+        "images_per_s": config.global_batch / seconds,
+        "data_wait_s": result.data_wait_s,
+        "step_s": seconds,
+        "mfu": None,
+    }
+
+
+def save(config: TrainConfig, dataset: Dataset, engine: Engine, world: World, done: int) -> None:
+    """Write a checkpoint of the step."""
+    index = dataset.index
+    checkpoints.save(
+        checkpoints_dir(config.run_dir),
+        engine.pieces(),
+        step=done,
+        updates=engine.updates,
+        shapes=engine.shapes,
+        description={
+            "images_seen": done * config.global_batch,
+            "config": config.model_dump(mode="json"),
+            "dataset": {"path": str(index.path), "fingerprint": index.fingerprint, "made_by": index.made_by},
+            "null": config.conditioning.null,
+        },
+        keep=config.checkpoint.keep,
+        rank=world.rank,
+        world_size=world.world_size,
+        device=world.device,
+    )
+
+
+def announce(config: TrainConfig, dataset: Dataset, engine: Engine, portions: Split, start: int) -> None:
+    """Say in four lines what is about to run."""
+    index = dataset.index
+    padding = portions.world_size * portions.accumulation * portions.micro_batch - portions.global_batch
+    count = sum(torch.Size(shape).numel() for shape in engine.shapes.values())
+    buckets = ", ".join(f"{bucket.name} ({bucket.count:,})" for bucket in index.buckets)
+    log.info(
+        "model    %s, %s parameters, %s, ZeRO-%d", config.model.family, f"{count:,}", config.engine.dtype, engine.stage
+    )
+    log.info("data     %s, %s samples in buckets %s", index.path, f"{len(index):,}", buckets)
+    log.info(
+        "batch    %d images = %d ranks x %d accumulation x %d micro-batch%s",
+        config.global_batch,
+        portions.world_size,
+        portions.accumulation,
+        portions.micro_batch,
+        f", {padding} slots empty" if padding else "",
+    )
+    log.info("run      %s, steps %d to %d", config.run_dir, start, config.steps)
+
+
+def _report_bad(batch: Batch) -> None:
+    for sample in batch.bad:
+        log.warning("bad sample %s in %s has weight 0: %s", sample.key, Path(sample.shard).name, sample.reason)
+
+
+def _device_names(world: World) -> list[str]:
+    if world.device.type == "cuda":
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [f"cpu, {torch.get_num_threads()} threads"]

@@ -14,8 +14,17 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 
+# What DeepSpeed warns of at every start, and we do on purpose.
+_EXPECTED = ("untested optimizer", "Setting accelerator to CPU")
+
+
 def setup() -> None:
-    """Send the log of rank 0 to standard error; other ranks report only warnings and errors."""
+    """Send the log of rank 0 to standard error, and quiet libraries that talk at every start.
+
+    Other ranks report only warnings and errors.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' and diffusers' bars too
+    logging.getLogger("DeepSpeed").addFilter(lambda record: not any(text in record.getMessage() for text in _EXPECTED))
     rank = int(os.environ.get("RANK", "0"))
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(

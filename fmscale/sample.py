@@ -72,7 +72,7 @@ class Generator:
         return assemble(features, context_dim=self.context_dim, t5_length=self.t5_length)
 
     def unconditional(self, negative_prompts: list[str]) -> Conditioning:
-        """What guidance leads away from: the negative prompts, or zeros where those are empty and zeros were trained."""
+        """What guidance leads away from: negative prompts, or zeros where those are empty and zeros were trained."""
         conditioning = self.condition(negative_prompts)
         if self.null == "empty" or any(negative_prompts):
             return conditioning

@@ -29,7 +29,7 @@ from fmscale.encoders.text import ROLES, assemble
 from fmscale.engine import checkpoint as checkpoints
 from fmscale.engine.metrics import MetricsLog
 from fmscale.engine.optim import AdamWEMA, learning_rate, parameter_groups
-from fmscale.engine.zero import Engine, deepspeed_config, init_process_group, leave_process_group
+from fmscale.engine.zero import Engine, deepspeed_config, init_process_group
 from fmscale.errors import UserError
 from fmscale.flow.coupling import COUPLINGS
 from fmscale.flow.loss import draw_dropped, velocity_mse
@@ -86,14 +86,11 @@ def train(config: TrainConfig, *, allow_changes: bool = False) -> None:
     world = world_from_environment()
     dataset = check_setup(config, world.world_size, allow_changes)
     init_process_group(world)
-    try:
-        if world.is_main:
-            start_run_dir(config, _device_names(world))
-        engine = build_engine(config, world)
-        start = resume(config, dataset, engine, world)
-        loop(config, dataset, engine, world, start)
-    finally:
-        leave_process_group()
+    if world.is_main:
+        start_run_dir(config, _device_names(world))
+    engine = build_engine(config, world)
+    start = resume(config, dataset, engine, world)
+    loop(config, dataset, engine, world, start)
 
 
 def check_setup(config: TrainConfig, world_size: int, allow_changes: bool = False) -> Dataset:

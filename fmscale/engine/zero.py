@@ -5,7 +5,7 @@ This file alone knows DeepSpeed. It knows nothing of images, text or flow.
 
 from __future__ import annotations
 
-import logging
+import atexit
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,11 +37,15 @@ class Piece:
 
 
 def init_process_group(world: World) -> None:
-    """Join the job's process group: NCCL on GPUs, gloo on CPUs.
+    """Join the job's process group, for as long as this process lives: NCCL on GPUs, gloo on CPUs.
+
+    DeepSpeed keeps groups of its own across engines, so a second group in one process would not work.
 
     Raises:
         RuntimeError: the other ranks could not be found.
     """
+    if torch.distributed.is_initialized():
+        return
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if world.world_size == 1 and "MASTER_ADDR" not in os.environ:
@@ -51,18 +55,12 @@ def init_process_group(world: World) -> None:
     os.environ.setdefault("WORLD_SIZE", str(world.world_size))
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # On a CPU DeepSpeed would compile a shared-memory collective, for up to two minutes; gloo needs none.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", verbose=False)
-
-
-def leave_process_group() -> None:
-    """Part from the other ranks in order."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    atexit.register(torch.distributed.destroy_process_group)
 
 
 def deepspeed_config(zero_stage: int, dtype: str, micro_batch: int, clip_norm: float) -> dict[str, Any]:

@@ -1,0 +1,259 @@
+"""The index of a dataset: where each sample's bytes lie, and what they must sum to.
+
+    DATASET/*.tar                   plain WebDataset shards
+    DATASET/index/manifest.json     shards, buckets, stored tensors, fingerprint
+    DATASET/index/COLUMN.npy        one memory-mapped column per field; rows are grouped by bucket
+
+Within a bucket rows follow the name of the shard, then the place in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fmscale.batch import BadSample
+from fmscale.data.tar import CHUNK_BYTES, find_tars
+from fmscale.errors import UserError
+
+VERSION = 1
+FOLDER = "index"
+COLUMNS = {"shard": "u4", "offset": "i8", "length": "i8", "crc32": "u4", "key_start": "i8", "keys": "u1"}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+Progress = Callable[[int, int], None]
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # stored tensors: name -> dtype, shape; of `latents` the channels alone
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The samples of one latent size: rows start .. start + count - 1; height and width in latent pixels."""
+
+    height: int
+    width: int
+    start: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        """For instance `64x96`: height, then width."""
+        return f"{self.height}x{self.width}"
+
+
+class Location(NamedTuple):
+    """The bytes of one sample: whole tar members, headers included; `crc32` is zlib's, over those bytes."""
+
+    shard: Path
+    offset: int
+    length: int
+    crc32: int
+
+
+class Shard(NamedTuple):
+    """A tar of the dataset as it was when it was indexed; size in bytes, samples counted."""
+
+    name: str
+    size: int
+    sha256: str
+    samples: int
+
+
+class Index:
+    """An open index; its columns stay on disk, and it is sent to a worker as nothing but its path.
+
+    Attributes:
+        path: the dataset's folder.
+        buckets: by height, then width.
+        shards: by name.
+        layout: dtype and shape of each stored tensor, the same in every sample (of `latents`, the channels alone).
+        fingerprint: digest of all shard names and contents.
+        made_by: what the program that wrote the shards said about them, or None.
+    """
+
+    def __init__(self, path: Path, folder: Path):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["version"] != VERSION:
+            raise ValueError(f"version {manifest['version']}, this program reads {VERSION}")
+        self.path = path
+        self.shards = tuple(Shard(**shard) for shard in manifest["shards"])
+        self.layout: Layout = {name: (dtype, tuple(shape)) for name, (dtype, shape) in manifest["layout"].items()}
+        self.fingerprint: str = manifest["fingerprint"]
+        self.made_by: dict[str, Any] | None = manifest["made_by"]
+        self.buckets = tuple(_buckets(manifest["buckets"]))
+        self._columns = {name: _open_column(folder, name) for name in COLUMNS}
+        if any(len(self._columns[name]) != len(self) + (name == "key_start") for name in COLUMNS if name != "keys"):
+            raise ValueError("a column has another length than the manifest says")
+
+    @classmethod
+    def open(cls, path: str | Path, check_shards: bool = True) -> Index:
+        """Open the index of a dataset.
+
+        Args:
+            path: the dataset's folder.
+            check_shards: also compare names and sizes of the tars with the index.
+
+        Raises:
+            UserError: no such folder, no index, an index of another version or damaged, or other tars than it lists.
+        """
+        path = Path(path).absolute()
+        folder = path / FOLDER
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder; give the folder that holds the dataset's tars")
+        if not (folder / "manifest.json").is_file():
+            raise UserError(f"{path} has no index: run `fmscale index {path}`")
+        try:
+            index = cls(path, folder)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder} cannot be used ({error}): run `fmscale index {path}`") from error
+        if check_shards:
+            index._check_shards()
+        return index
+
+    def __reduce__(self) -> tuple[Callable[..., Index], tuple[Path, bool]]:
+        return Index.open, (self.path, False)
+
+    def __len__(self) -> int:
+        return self.buckets[-1].start + self.buckets[-1].count
+
+    def key(self, row: int) -> str:
+        """The key of a sample."""
+        start, end = self._columns["key_start"][row : row + 2]
+        return self._columns["keys"][start:end].tobytes().decode()
+
+    def location(self, row: int) -> Location:
+        """Where a sample's bytes lie."""
+        shard, offset, length, crc32 = (
+            int(self._columns[name][row]) for name in ("shard", "offset", "length", "crc32")
+        )
+        return Location(self.path / self.shards[shard].name, offset, length, crc32)
+
+    def blank(self, bucket: Bucket) -> dict[str, Tensor]:
+        """The tensors of a sample of this bucket, all zeros."""
+        size = (bucket.height, bucket.width)
+        return {
+            name: torch.zeros(shape + size if name == "latents" else shape, dtype=DTYPES[dtype])
+            for name, (dtype, shape) in self.layout.items()
+        }
+
+    def rows_by_shard(self) -> Iterator[tuple[Shard, NDArray[np.int64]]]:
+        """Each shard with the rows of its samples, in the order of their bytes."""
+        shard, offset = self._columns["shard"], self._columns["offset"]
+        order = np.lexsort((offset, shard))
+        edges = np.searchsorted(shard[order], np.arange(len(self.shards) + 1))
+        for number, entry in enumerate(self.shards):
+            yield entry, order[edges[number] : edges[number + 1]]
+
+    def _check_shards(self) -> None:
+        found = {path.name: path.stat().st_size for path in find_tars(self.path)}
+        for shard in self.shards:
+            if shard.name not in found:
+                raise UserError(f"{self.path / shard.name} is gone: put it back, or run `fmscale index {self.path}`")
+            size = found.pop(shard.name)
+            if size != shard.size:
+                raise UserError(
+                    f"{self.path / shard.name} has {size} bytes, {shard.size} when it was indexed: "
+                    f"put the old one back, or run `fmscale index {self.path}`"
+                )
+        if found:
+            raise UserError(f"{self.path / min(found)} is not in the index: run `fmscale index {self.path}`")
+
+
+def _buckets(entries: Iterable[dict[str, int]]) -> Iterator[Bucket]:
+    start = 0
+    for entry in entries:
+        yield Bucket(entry["height"], entry["width"], start, entry["rows"])
+        start += entry["rows"]
+
+
+def _open_column(folder: Path, name: str) -> NDArray[Any]:
+    column = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    if column.dtype != np.dtype(COLUMNS[name]) or column.ndim != 1:
+        raise ValueError(f"column {name} has another type than version {VERSION} says")
+    return column
+
+
+def verify(index: Index, progress: Progress | None = None) -> list[BadSample]:
+    """Read every byte of the dataset and list what differs from the index.
+
+    Args:
+        index: opened with `check_shards=False` to have missing and cut shards listed too.
+        progress: told (bytes done, bytes in all) after each shard.
+
+    Returns:
+        One entry per damaged sample; an entry with an empty key stands for a shard that is missing, or that differs
+        outside its samples.
+    """
+    bad: list[BadSample] = []
+    total_bytes, done_bytes = sum(shard.size for shard in index.shards), 0
+    for shard, rows in index.rows_by_shard():
+        bad += _verify_shard(index, shard, rows)
+        done_bytes += shard.size
+        if progress:
+            progress(done_bytes, total_bytes)
+    return bad
+
+
+def _verify_shard(index: Index, shard: Shard, rows: NDArray[np.int64]) -> list[BadSample]:
+    places = [index.location(row) for row in rows]
+    try:
+        with (index.path / shard.name).open("rb") as file:
+            crcs, sha256 = checksums(file, [(place.offset, place.length) for place in places])
+            size = file.tell()
+    except OSError as error:
+        return [BadSample("", shard.name, f"cannot be read: {error.strerror}")]
+    bad = []
+    for row, place, crc in zip(rows, places, crcs, strict=True):
+        if place.offset + place.length > size:
+            bad.append(BadSample(index.key(row), shard.name, f"the shard ends at byte {size}, before the sample does"))
+        elif crc != place.crc32:
+            bad.append(BadSample(index.key(row), shard.name, "its bytes have changed since it was indexed"))
+    if not bad and sha256 != shard.sha256:
+        bad.append(BadSample("", shard.name, "bytes outside its samples have changed since it was indexed"))
+    return bad
+
+
+def checksums(file: BinaryIO, ranges: Sequence[tuple[int, int]]) -> tuple[list[int], str]:
+    """CRC-32 of each byte range and SHA-256 of the whole file, in one pass.
+
+    Args:
+        file: seekable; read from its start to its end.
+        ranges: (offset, length) of each, ascending, not overlapping.
+    """
+    file.seek(0)
+    digest = hashlib.sha256()
+
+    def consume(count: int) -> int:
+        crc = 0
+        while count > 0 and (chunk := file.read(min(count, CHUNK_BYTES))):
+            digest.update(chunk)
+            crc = zlib.crc32(chunk, crc)
+            count -= len(chunk)
+        return crc
+
+    crcs = []
+    for offset, length in ranges:
+        consume(offset - file.tell())
+        crcs.append(consume(length))
+    consume(2**63)
+    return crcs, digest.hexdigest()

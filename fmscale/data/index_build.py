@@ -1,0 +1,256 @@
+"""Building an index: every byte of every shard is read once, and what could not be trained on is refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fmscale.data.index import COLUMNS, DTYPES, FOLDER, VERSION, Index, Layout, Progress, Shard, checksums
+from fmscale.data.order import stable_hash
+from fmscale.data.tar import PICKLES, DamageError, Member, find_tars, sync, walk
+from fmscale.errors import UserError
+
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+
+class _Row(NamedTuple):
+    key: str
+    offset: int
+    length: int
+    height: int
+    width: int
+
+
+class _Scan(NamedTuple):
+    """What one shard adds to the index: parallel columns, and the layout of its samples (None: it holds none)."""
+
+    shard: Shard
+    layout: Layout | None
+    columns: dict[str, NDArray[Any]]
+    keys: bytes
+
+
+def build_index(path: str | Path, made_by: dict[str, Any] | None, progress: Progress | None = None) -> Index:
+    """Read every byte of a folder of tars and write its index; an old index is replaced once the new one is whole.
+
+    Args:
+        path: the dataset's folder; its tars are those directly in it.
+        made_by: anything JSON can hold about how the shards came to be; the index keeps it.
+        progress: told (bytes done, bytes in all) after each shard.
+
+    Returns:
+        The index, open.
+
+    Raises:
+        UserError: no tars, no samples, or a shard that cannot be indexed; the text names the shard and the sample.
+    """
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give the folder that holds the dataset's tars")
+    tars = find_tars(path)
+    if not tars:
+        raise UserError(f"{path} holds no *.tar: give the folder that holds the dataset's tars")
+    scans = _scan_all(tars, progress)
+    layout = _common_layout(path, scans)
+    temporary = path / f"{FOLDER}.tmp-{os.getpid()}"
+    try:
+        _write(temporary, scans, layout, made_by)
+        _refuse_duplicates(Index(path, temporary))
+        _publish(temporary, path / FOLDER)
+    except OSError as error:
+        raise UserError(f"cannot write the index in {path}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Index.open(path)
+
+
+def _scan_all(tars: Sequence[Path], progress: Progress | None) -> list[_Scan]:
+    total_bytes, done_bytes = sum(tar.stat().st_size for tar in tars), 0
+    scans = []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # the checksums run outside Python's lock
+        for scan in pool.map(_scan_shard, tars):
+            scans.append(scan)
+            done_bytes += scan.shard.size
+            if progress:
+                progress(done_bytes, total_bytes)
+    return scans
+
+
+def _scan_shard(path: Path) -> _Scan:
+    try:
+        with path.open("rb") as file:
+            rows, layout = _scan_samples(file)
+            crcs, sha256 = checksums(file, [(row.offset, row.length) for row in rows])
+    except (DamageError, OSError) as error:
+        raise UserError(f"{path} cannot be indexed: {error}") from error
+    keys = [row.key.encode() for row in rows]
+    columns = {
+        "offset": np.array([row.offset for row in rows], dtype="i8"),
+        "length": np.array([row.length for row in rows], dtype="i8"),
+        "height": np.array([row.height for row in rows], dtype="i8"),
+        "width": np.array([row.width for row in rows], dtype="i8"),
+        "crc32": np.array(crcs, dtype="u4"),
+        "key_bytes": np.array([len(key) for key in keys], dtype="i8"),
+    }
+    return _Scan(Shard(path.name, path.stat().st_size, sha256, len(rows)), layout, columns, b"".join(keys))
+
+
+def _scan_samples(file: BinaryIO) -> tuple[list[_Row], Layout | None]:
+    rows: list[_Row] = []
+    seen: set[str] = set()
+    common: Layout | None = None
+    for key, run in groupby(walk(file), key=lambda member: member.key):
+        members = list(run)
+        if key in seen:
+            raise DamageError(
+                f"key {key!r} comes twice: keys must differ, and the members of a sample lie side by side"
+            )
+        seen.add(key)
+        layout, height, width = _read_layout(file, _tensor_member(key, members))
+        common = layout if common is None else common
+        if layout != common:
+            raise DamageError(_layout_differs(key, layout, common))
+        rows.append(_Row(key, members[0].offset, members[-1].end - members[0].offset, height, width))
+    return rows, common
+
+
+def _tensor_member(key: str, members: Sequence[Member]) -> Member:
+    """The safetensors member of a sample whose members make sense together."""
+    if not key.isprintable():
+        raise DamageError(f"key {key!r} holds unprintable characters")
+    by_extension: dict[str, Member] = {}
+    for member in members:
+        other = by_extension.setdefault(member.extension, member)
+        if other is not member:
+            raise DamageError(
+                f"{other.name!r} and {member.name!r} are one sample, {key!r} (a key ends at the first dot)"
+            )
+        if member.extension in PICKLES:
+            raise DamageError(f"{member.name!r} is a pickle, which is never read: store tensors as safetensors")
+    if "safetensors" not in by_extension:
+        raise DamageError(f"sample {key!r} has no .safetensors member; its latents are found there alone")
+    return by_extension["safetensors"]
+
+
+def _read_layout(file: BinaryIO, member: Member) -> tuple[Layout, int, int]:
+    """Layout and latent height and width of a sample, from the head of its safetensors member."""
+    file.seek(member.start)
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(member.size - 8, MAX_HEADER_BYTES):
+        raise DamageError(f"{member.name!r} is no safetensors file")
+    try:
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        layout = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamageError(f"{member.name!r} is no safetensors file") from error
+    _check_layout(layout, member, member.size - 8 - length)
+    dtype, shape = layout["latents"]
+    layout["latents"] = (dtype, shape[:1])
+    return dict(sorted(layout.items())), shape[1], shape[2]
+
+
+def _check_layout(layout: Layout, member: Member, stored_bytes: int) -> None:
+    for name, (dtype, _) in layout.items():
+        if dtype not in DTYPES:
+            raise DamageError(f"tensor {name!r} in {member.name!r} is {dtype}; one of {', '.join(DTYPES)} can be read")
+    if any(size < 0 for _, shape in layout.values() for size in shape) or stored_bytes != sum(
+        prod(shape) * DTYPES[dtype].itemsize for dtype, shape in layout.values()
+    ):
+        raise DamageError(f"{member.name!r} holds other data than its head says")
+    if "latents" not in layout or len(layout["latents"][1]) != 3 or not prod(layout["latents"][1]):
+        raise DamageError(f"{member.name!r} has no tensor 'latents' of shape (channels, height, width)")
+
+
+def _layout_differs(key: str, layout: Layout, common: Layout) -> str:
+    name = next(name for name in sorted(layout | common) if layout.get(name) != common.get(name))
+    this, others = ("{} {}".format(*entries[name]) if name in entries else "absent" for entries in (layout, common))
+    return f"sample {key!r} stores tensor {name!r} as {this}, others as {others}"
+
+
+def _common_layout(path: Path, scans: Sequence[_Scan]) -> Layout:
+    common: Layout | None = None
+    for scan in scans:
+        common = scan.layout if common is None else common
+        if common is not None and scan.layout not in (None, common):
+            key = scan.keys[: scan.columns["key_bytes"][0]].decode()
+            raise UserError(f"{path / scan.shard.name} cannot be indexed: {_layout_differs(key, scan.layout, common)}")
+    if common is None:
+        raise UserError(f"the tars in {path} hold no samples: give a folder of latent shards")
+    return common
+
+
+def _merge(scans: Sequence[_Scan]) -> dict[str, NDArray[Any]]:
+    """The columns of all shards as one, rows grouped by bucket; `height` and `width` besides those of the index."""
+    columns = {name: np.concatenate([scan.columns[name] for scan in scans]) for name in scans[0].columns}
+    columns["shard"] = np.repeat(np.arange(len(scans)), [scan.shard.samples for scan in scans])
+    columns["key_end"] = np.cumsum(columns["key_bytes"])
+    order = np.lexsort((columns["width"], columns["height"]))  # stable: shard and place decide within a bucket
+    columns = {name: column[order] for name, column in columns.items()}
+    unordered = b"".join(scan.keys for scan in scans)
+    places = zip(columns.pop("key_end"), columns["key_bytes"], strict=True)
+    columns["keys"] = np.frombuffer(b"".join(unordered[end - size : end] for end, size in places), dtype="u1")
+    columns["key_start"] = np.concatenate([[0], np.cumsum(columns.pop("key_bytes"))])
+    return columns
+
+
+def _write(folder: Path, scans: Sequence[_Scan], layout: Layout, made_by: dict[str, Any] | None) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    folder.mkdir()
+    columns = _merge(scans)
+    for name, dtype in COLUMNS.items():
+        np.save(folder / f"{name}.npy", columns[name].astype(dtype, copy=False), allow_pickle=False)
+        sync(folder / f"{name}.npy")
+    sizes, counts = np.unique(np.stack([columns["height"], columns["width"]]), axis=1, return_counts=True)
+    buckets = [{"height": int(h), "width": int(w), "rows": int(n)} for h, w, n in zip(*sizes, counts, strict=True)]
+    _write_manifest(folder, [scan.shard for scan in scans], buckets, layout, made_by)
+
+
+def _write_manifest(
+    folder: Path, shards: list[Shard], buckets: list[dict[str, int]], layout: Layout, made_by: dict[str, Any] | None
+) -> None:
+    names_and_sums = "".join(f"{shard.name} {shard.sha256}\n" for shard in shards)
+    manifest = {
+        "version": VERSION,
+        "fingerprint": hashlib.sha256(names_and_sums.encode()).hexdigest(),
+        "made_by": made_by,
+        "layout": layout,
+        "buckets": buckets,
+        "shards": [shard._asdict() for shard in shards],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    sync(folder / "manifest.json")
+    sync(folder)
+
+
+def _refuse_duplicates(index: Index) -> None:
+    """Compare 8-byte digests of the keys, and the keys themselves where digests agree: small even for 10**8 keys."""
+    digests = np.fromiter((stable_hash(index.key(row)) for row in range(len(index))), dtype="u8", count=len(index))
+    order = np.argsort(digests, kind="stable")
+    for at in np.flatnonzero(digests[order[1:]] == digests[order[:-1]]):
+        first, second = order[at], order[at + 1]
+        if index.key(first) == index.key(second):
+            shards = " and ".join(str(index.location(row).shard) for row in (first, second))
+            raise UserError(f"key {index.key(first)!r} is in {shards}: keys must differ over the whole dataset")
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Put a whole index in place. A folder cannot be replaced in one move: a crash in between leaves no index."""
+    old = final.with_name(f"{FOLDER}.old-{os.getpid()}")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,133 @@
+"""The road from step numbers to batches.
+
+    1 work_items    step, micro-batch -> the samples of this rank       (order, split: pure functions of the step)
+    2 read_samples  byte ranges       -> decoded samples, or why not    (reader)
+    3 collate       samples, noise    -> Batch
+
+A `webdataset.DataPipeline` in a `WebLoader`: worker i of W makes micro-batches i, i + W, …, and the loader takes
+turns among the workers, so their number changes nothing but speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils.data
+import webdataset
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fmscale.batch import BadSample, Batch
+from fmscale.data.index import Bucket, Index
+from fmscale.data.order import Order, Split
+from fmscale.data.reader import OpenShards, Sample, read_sample
+from fmscale.data.tar import DamageError
+
+Noise = Callable[[tuple[int, ...], int, int, dict[str, Any]], Tensor]
+
+
+class WorkItem(NamedTuple):
+    """One micro-batch to make: for each slot a row of the index, or None where the slot is padding."""
+
+    step: int
+    bucket: Bucket
+    slots: NDArray[Any]
+    rows: tuple[int | None, ...]
+
+
+class Slot(NamedTuple):
+    """What became of one slot: a sample; or none, because it is padding, or damaged (then `bad` says how)."""
+
+    key: str = ""
+    sample: Sample | None = None
+    bad: BadSample | None = None
+
+
+def build_loader(
+    index: Index,
+    order: Order,
+    split: Split,
+    *,
+    rank: int,
+    start_step: int,
+    stop_step: int,
+    noise: Noise,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """The batches of one rank, in order: for each step, each of its micro-batches.
+
+    Args:
+        index: the dataset.
+        order: made of the index's buckets, in their order.
+        split: how slots fall to ranks.
+        rank: in [0, split.world_size).
+        start_step: first step.
+        stop_step: the step after the last.
+        noise: (latents' shape, step, slot, the sample's json) -> standard normal noise of that shape, float32, CPU.
+        workers: processes that read ahead; 0 reads in this one.
+        pin_memory: put batches in page-locked memory.
+
+    Returns:
+        `(stop_step - start_step) * split.accumulation` batches.
+    """
+    items = partial(work_items, index.buckets, order, split, rank, start_step, stop_step)
+    pipeline = webdataset.DataPipeline(
+        items, partial(read_samples, index=index), partial(collate, index=index, noise=noise)
+    )
+    return iter(webdataset.WebLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin_memory))
+
+
+def work_items(
+    buckets: Sequence[Bucket], order: Order, split: Split, rank: int, start_step: int, stop_step: int
+) -> Iterator[WorkItem]:
+    """This worker's share of the rank's micro-batches."""
+    info = torch.utils.data.get_worker_info()
+    worker, workers = (info.id, info.num_workers) if info else (0, 1)
+    for number in range(worker, (stop_step - start_step) * split.accumulation, workers):
+        steps, m = divmod(number, split.accumulation)
+        plan = order.batch(start_step + steps)
+        bucket = buckets[plan.bucket]
+        slots = split.slots(m, rank)
+        rows = tuple(bucket.start + int(plan.rows[slot]) if slot < len(plan.rows) else None for slot in slots)
+        yield WorkItem(start_step + steps, bucket, slots, rows)
+
+
+def read_samples(items: Iterable[WorkItem], index: Index) -> Iterator[tuple[WorkItem, list[Slot]]]:
+    """Each item with what its slots hold."""
+    with OpenShards() as shards:
+        for item in items:
+            yield item, [Slot() if row is None else _read_slot(index, row, shards) for row in item.rows]
+
+
+def _read_slot(index: Index, row: int, shards: OpenShards) -> Slot:
+    key, location = index.key(row), index.location(row)
+    try:
+        return Slot(key, read_sample(location, shards))
+    except DamageError as damage:
+        return Slot(key, bad=BadSample(key, location.shard.name, str(damage)))
+
+
+def collate(work: Iterable[tuple[WorkItem, list[Slot]]], index: Index, noise: Noise) -> Iterator[Batch]:
+    """Stack samples to batches; a slot without a sample holds zeros, with weight 0."""
+    for item, slots in work:
+        blank = index.blank(item.bucket)
+        shape = tuple(blank["latents"].shape)
+        stored = [slot.sample.tensors if slot.sample else blank for slot in slots]
+        drawn = [
+            noise(shape, item.step, int(place), slot.sample.meta) if slot.sample else torch.zeros(shape)
+            for place, slot in zip(item.slots, slots, strict=True)
+        ]
+        yield Batch(
+            step=item.step,
+            bucket=(item.bucket.height, item.bucket.width),
+            slots=torch.from_numpy(item.slots),
+            weight=torch.tensor([float(slot.sample is not None) for slot in slots]),
+            tensors={name: torch.stack([tensors[name] for tensors in stored]) for name in blank},
+            noise=torch.stack(drawn),
+            keys=tuple(slot.key for slot in slots),
+            bad=tuple(slot.bad for slot in slots if slot.bad),
+        )

@@ -1,0 +1,1 @@
+"""Frozen networks: captions -> Conditioning (`text`), images <-> latents (`vae`)."""

@@ -1,0 +1,40 @@
+"""The text features of the empty caption, kept beside a dataset's shards: what a dropped encoder says in training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from fmscale.errors import UserError
+
+NULL_FILE = "null.safetensors"
+
+
+def save_null(folder: Path, features: Mapping[str, Tensor]) -> None:
+    """Write features by name, without a batch dimension, as each sample stores its own."""
+    from safetensors.torch import save_file
+
+    save_file({name: value.contiguous() for name, value in features.items()}, folder / NULL_FILE)
+
+
+def load_null(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Read the features called `names`, in float32.
+
+    Raises:
+        UserError: the dataset has no such file, or it lacks a name.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / NULL_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: missing, so the encoded empty caption is unknown; set conditioning.null=zeros")
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged: {error}; encode the dataset again") from None
+    if missing := [name for name in names if name not in stored]:
+        raise UserError(f"{path}: lacks {missing[0]}, which the samples store; encode the dataset again")
+    return {name: stored[name].float() for name in names}

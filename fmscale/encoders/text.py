@@ -1,0 +1,285 @@
+"""Captions -> Conditioning, through frozen text encoders, exactly as the SD3 pipeline of diffusers computes it.
+
+1. `load_text_encoders`  networks and their tokenizers, each for one of the roles clip_l, clip_g, t5
+2. `TextEncoders`        captions -> features by name, which are what a dataset stores
+3. `assemble`            features, fresh or stored -> `Conditioning`, which is what the network takes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmscale.batch import Conditioning
+from fmscale.encoders.clip import PAD_TOKENS, clip_tokenizer, from_open_clip, load_open_clip
+from fmscale.encoders.weights import read_config, sha256, weight_files
+from fmscale.errors import UserError
+
+CLIP_ROLES = ("clip_l", "clip_g")
+ROLES = (*CLIP_ROLES, "t5")
+MODEL_TYPES = {"clip_l": ("clip_text_model", "clip"), "clip_g": ("clip_text_model", "clip"), "t5": ("t5",)}
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One frozen text encoder.
+
+    Attributes:
+        role: clip_l, clip_g or t5.
+        model: `CLIPTextModelWithProjection` or `T5EncoderModel`, in evaluation mode.
+        tokenizer: its tokenizer.
+        max_length: tokens L that every caption is padded or cut to.
+        files: the weight files that it was read from.
+    """
+
+    role: str
+    model: Any
+    tokenizer: Any
+    max_length: int
+    files: tuple[Path, ...]
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> dict[str, Tensor]:
+        """Features of B captions: tokens (B, L, d) under the role's name and, of CLIP, `ROLE_pooled` (B, p).
+
+        As in the pipeline, CLIP's tokens are the last layer's input, T5 sees its padding, and long captions are cut.
+        """
+        tokens = self.tokenizer(
+            captions, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+        )
+        ids = tokens.input_ids.to(self.model.device)
+        if self.role == "t5":
+            return {"t5": self.model(ids).last_hidden_state.to(self.model.dtype)}
+        output = self.model(ids, output_hidden_states=True)
+        return {self.role: output.hidden_states[-2], f"{self.role}_pooled": output.text_embeds}
+
+    def save(self, folder: Path | str, tokenizer_folder: Path | str | None = None) -> None:
+        """Write the model, and the tokenizer beside it or in a folder of its own, as transformers reads them."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(tokenizer_folder or folder)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two sets of features the same kind: the shape of the tokens and the digest of the weight files."""
+        return {"max_length": self.max_length, "width": self.model.config.hidden_size, "sha256": sha256(self.files)}
+
+
+class TextEncoders:
+    """The text encoders of a model, each with its role."""
+
+    def __init__(self, encoders: Iterable[TextEncoder]) -> None:
+        """Take at most one encoder per role.
+
+        Raises:
+            UserError: a role is given twice, or the two CLIP encoders disagree about the length of a caption.
+        """
+        given = sorted(encoders, key=lambda encoder: ROLES.index(encoder.role))
+        self.by_role = {encoder.role: encoder for encoder in given}
+        if len(self.by_role) < len(given):
+            raise UserError(f"a text encoder role is given twice: {', '.join(encoder.role for encoder in given)}")
+        lengths = {self.by_role[role].max_length for role in CLIP_ROLES if role in self.by_role}
+        if len(lengths) > 1:
+            raise UserError(f"clip_l and clip_g must take equally many tokens, not {' and '.join(map(str, lengths))}")
+
+    def encode(self, captions: list[str]) -> dict[str, Tensor]:
+        """Features of B captions by name, batch first: what a dataset stores and `assemble` takes.
+
+        Args:
+            captions: at least one; the empty caption is one too.
+
+        Returns:
+            `clip_l`, `clip_g`, `t5` (B, L, d) and `clip_l_pooled`, `clip_g_pooled` (B, p), for the roles given, each
+            in its model's dtype and on its device.
+        """
+        features: dict[str, Tensor] = {}
+        for encoder in self.by_role.values():
+            features |= encoder.encode(captions)
+        return features
+
+    def identity(self) -> dict[str, Any]:
+        """The encoders' identities by role, to be written into a dataset's manifest."""
+        return {role: encoder.identity() for role, encoder in self.by_role.items()}
+
+    def save(self, role: str, folder: Path | str, tokenizer_folder: Path | str | None = None) -> None:
+        """Write one role's model and tokenizer as transformers folders: one folder, or two as in a pipeline."""
+        self.by_role[role].save(folder, tokenizer_folder)
+
+
+def load_text_encoders(
+    sources: Mapping[str, Mapping[str, Any] | None],
+    t5_length: int = 256,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> TextEncoders:
+    """The text encoders of a model.
+
+    Args:
+        sources: by role, what `load_text_encoder` takes by the names path, tokenizer, open_clip and checkpoint; None
+            where a role is empty.
+        t5_length: tokens per caption of T5.
+        device: where they compute.
+        dtype: in which they compute.
+
+    Returns:
+        The frozen encoders.
+
+    Raises:
+        UserError: as `load_text_encoder` and `TextEncoders`.
+    """
+    given = {role: source for role, source in sources.items() if source is not None}
+    return TextEncoders(
+        load_text_encoder(role, **source, t5_length=t5_length, device=device, dtype=dtype)
+        for role, source in given.items()
+    )
+
+
+def load_text_encoder(
+    role: str,
+    path: Path | str | None = None,
+    *,
+    tokenizer: Path | str | None = None,
+    open_clip: str | None = None,
+    checkpoint: Path | str | None = None,
+    t5_length: int = 256,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> TextEncoder:
+    """A text encoder from files on this machine: a transformers folder, or an open_clip checkpoint.
+
+    Args:
+        role: clip_l, clip_g or t5.
+        path: a transformers folder.
+        tokenizer: the tokenizer's folder, where it is not in `path`.
+        open_clip: instead of `path`, an open_clip model by name, such as ViT-bigG-14.
+        checkpoint: that model's weights, a .safetensors file.
+        t5_length: tokens per caption of T5; CLIP's tokenizers know their own.
+        device: where it computes.
+        dtype: in which it computes, whatever the files hold.
+
+    Returns:
+        The frozen encoder.
+
+    Raises:
+        UserError: an unknown role, or files that are missing, damaged, pickled or of another kind of model.
+    """
+    if role not in ROLES:
+        raise UserError(f"text encoder role {role!r} is none of {', '.join(ROLES)}")
+    if open_clip and checkpoint and not path:
+        return _from_checkpoint(role, open_clip, Path(checkpoint), device, dtype)
+    if open_clip or checkpoint or not path:
+        raise UserError(f"{role}: give either `path`, or `open_clip` (a model's name) and its `checkpoint`")
+    path = Path(path)
+    files = _checked_files(role, path)
+    model = _load_model(role, path, dtype)
+    words = _load_tokenizer(role, Path(tokenizer) if tokenizer else path)
+    max_length = t5_length if role == "t5" else words.model_max_length
+    if role != "t5" and max_length > model.config.max_position_embeddings:
+        limit = model.config.max_position_embeddings
+        raise UserError(f"{path}: {role} takes {limit} tokens, its tokenizer gives {max_length}; set model_max_length")
+    return TextEncoder(role, _frozen(model, device), words, max_length, files)
+
+
+def _frozen(model: Any, device: torch.device | str) -> Any:
+    model.requires_grad_(False).eval()
+    return model.to(device)
+
+
+def _from_checkpoint(
+    role: str, name: str, checkpoint: Path, device: torch.device | str, dtype: torch.dtype
+) -> TextEncoder:
+    if role not in CLIP_ROLES:
+        raise UserError(f"open_clip has no {role}; give a transformers folder")
+    tower = load_open_clip(name, checkpoint)
+    model: Any = from_open_clip(tower)
+    model.to(dtype)
+    tokenizer = clip_tokenizer(model.config.max_position_embeddings, PAD_TOKENS[role])
+    if len(tokenizer) != model.config.vocab_size:
+        raise UserError(f"open_clip's {name} has {model.config.vocab_size} tokens, not CLIP's {len(tokenizer)}")
+    return TextEncoder(role, _frozen(model, device), tokenizer, tokenizer.model_max_length, (checkpoint,))
+
+
+def _checked_files(role: str, folder: Path) -> tuple[Path, ...]:
+    given = read_config(folder).get("model_type")
+    if given not in MODEL_TYPES[role]:
+        raise UserError(f"{folder}: {role} must be {MODEL_TYPES[role][0]}, config.json says {given}")
+    return weight_files(folder, "model")
+
+
+def _load_model(role: str, folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+    kind: Any = T5EncoderModel if role == "t5" else CLIPTextModelWithProjection
+    model, info = kind.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    absent = sorted(info["missing_keys"])  # transformers would leave these at random values
+    if absent:
+        raise UserError(f"{folder}: the weights lack {absent[0]}; give a folder of a whole {kind.__name__}")
+    return model
+
+
+def _load_tokenizer(role: str, folder: Path) -> Any:
+    from transformers import CLIPTokenizer, T5Tokenizer
+
+    files = ("tokenizer.json", "spiece.model") if role == "t5" else ("tokenizer.json", "vocab.json")
+    if not any((folder / name).is_file() for name in files):
+        raise UserError(f"{folder}: holds no tokenizer ({' or '.join(files)}); give its folder as `tokenizer`")
+    kind = T5Tokenizer if role == "t5" else CLIPTokenizer
+    return kind.from_pretrained(folder, local_files_only=True)
+
+
+def assemble(features: Mapping[str, Tensor], *, context_dim: int, t5_length: int = 256) -> Conditioning:
+    """What the network is told about the text: CLIP tokens, padded with zeros to T5's width, then T5 tokens.
+
+    Without T5, pipelines feed `t5_length` zero tokens: one token that stands for so many, see `Conditioning.repeats`.
+
+    Args:
+        features: by name, as `TextEncoders.encode` returns them; each (B, ...).
+        context_dim: token width D that the network takes.
+        t5_length: zero tokens that stand for an absent T5.
+
+    Returns:
+        `context` (B, L, D) and `pooled` (B, P), in the dtype and on the device of the features.
+
+    Raises:
+        UserError: there are no CLIP features, or a width does not fit `context_dim`.
+
+    Source: Esser et al. 2024, arXiv:2403.03206, fig. 2 and appendix.
+    """
+    roles = [role for role in CLIP_ROLES if role in features]
+    if not roles:
+        raise UserError(f"no CLIP features, which the pooled embedding needs; there are: {', '.join(features)}")
+    clip = torch.cat([features[role] for role in roles], dim=-1)
+    pooled = torch.cat([features[f"{role}_pooled"] for role in roles], dim=-1)
+    if clip.shape[-1] > context_dim:
+        raise UserError(
+            f"tokens of {'+'.join(roles)} are {clip.shape[-1]} wide; the model's context_dim {context_dim} is less"
+        )
+    clip = F.pad(clip, (0, context_dim - clip.shape[-1]))
+    if "t5" not in features:
+        repeats = torch.ones(clip.shape[1] + 1, dtype=torch.int64, device=clip.device)
+        repeats[-1] = t5_length
+        return Conditioning(F.pad(clip, (0, 0, 0, 1)), pooled, repeats)
+    if features["t5"].shape[-1] != context_dim:
+        raise UserError(f"tokens of t5 are {features['t5'].shape[-1]} wide; the model's context_dim is {context_dim}")
+    return Conditioning(torch.cat([clip, features["t5"].to(clip.dtype)], dim=1), pooled)
+
+
+def expand(conditioning: Conditioning) -> Conditioning:
+    """The same conditioning with each token written out as often as it counts, as stock networks take it.
+
+    Args:
+        conditioning: with or without `repeats`.
+
+    Returns:
+        `context` of shape (B, sum of repeats, D), and no `repeats`.
+    """
+    if conditioning.repeats is None:
+        return conditioning
+    context = conditioning.context.repeat_interleave(conditioning.repeats, dim=1)
+    return replace(conditioning, context=context, repeats=None)

@@ -1,0 +1,111 @@
+"""Images <-> latents, through any local `AutoencoderKL` of diffusers: SD3's, FLUX's, or the quickstart's own.
+
+Latents are the posterior's, moved and scaled so that they have about zero mean and unit variance over the data.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fmscale.encoders.weights import read_config, sha256, weight_files
+from fmscale.errors import UserError
+
+
+class Vae:
+    """A frozen VAE.
+
+    Attributes:
+        model: diffusers' `AutoencoderKL`, in evaluation mode.
+        channels: latent channels C.
+        factor: image pixels per latent pixel, along each side.
+        scaling_factor: one over the standard deviation of raw latents.
+        shift_factor: mean of raw latents.
+    """
+
+    def __init__(self, model: Any, files: tuple[Path, ...]) -> None:
+        self.model: Any = model.requires_grad_(False).eval()
+        self.channels: int = model.config.latent_channels
+        self.factor = 2 ** (len(model.config.block_out_channels) - 1)
+        self.scaling_factor: float = model.config.scaling_factor
+        self.shift_factor: float = model.config.shift_factor or 0.0  # None before SD3
+        self._files = files
+
+    @torch.no_grad()
+    def encode(
+        self, images: Tensor, generator: torch.Generator | None = None, mode: Literal["mean", "sample"] = "mean"
+    ) -> Tensor:
+        """Images as latents: (z - shift_factor) * scaling_factor.
+
+        Args:
+            images: shape (B, 3, H, W), in [-1, 1]; H and W are multiples of `factor`.
+            generator: where "sample" draws from; torch's global one if None.
+            mode: take the posterior's mean, or one sample of it.
+
+        Returns:
+            Shape (B, C, H / factor, W / factor), in the model's dtype and on its device.
+        """
+        assert mode in ("mean", "sample"), mode
+        assert images.shape[-2] % self.factor == images.shape[-1] % self.factor == 0, images.shape
+        posterior = self.model.encode(images.to(self.model.device, self.model.dtype)).latent_dist
+        raw = posterior.mean if mode == "mean" else posterior.sample(generator)
+        return (raw - self.shift_factor) * self.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents as images.
+
+        Args:
+            latents: shape (B, C, H, W), as `encode` returns them.
+
+        Returns:
+            Shape (B, 3, factor * H, factor * W), in [-1, 1], in the model's dtype and on its device.
+        """
+        raw = latents.to(self.model.device, self.model.dtype) / self.scaling_factor + self.shift_factor
+        return self.model.decode(raw).sample.clamp(-1, 1)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two sets of latents the same kind: shape, scale, and the digest of the weight files."""
+        return {
+            "channels": self.channels,
+            "factor": self.factor,
+            "scale": self.scaling_factor,
+            "shift": self.shift_factor,
+            "sha256": sha256(self._files),
+        }
+
+    def save(self, folder: Path | str) -> None:
+        """Write the model as a diffusers folder, in safetensors."""
+        self.model.save_pretrained(folder, safe_serialization=True)
+
+
+def load_vae(folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae:
+    """A VAE from a diffusers folder on this machine.
+
+    Args:
+        folder: holds config.json and diffusion_pytorch_model.safetensors, as the `vae` folder of a pipeline does.
+        device: where it computes.
+        dtype: in which it computes, whatever the files hold.
+
+    Returns:
+        The frozen VAE.
+
+    Raises:
+        UserError: no such folder, not an AutoencoderKL, no safetensors, or weights that do not fill the model.
+    """
+    from diffusers import AutoencoderKL
+
+    folder = Path(folder)
+    given = read_config(folder).get("_class_name")
+    if given != "AutoencoderKL":
+        raise UserError(f"{folder}: holds {given}, not AutoencoderKL; give a pipeline's vae folder")
+    files = weight_files(folder, "diffusion_pytorch_model")
+    model, info = AutoencoderKL.from_pretrained(
+        folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise UserError(f"{folder}: the weights lack {info['missing_keys'][0]}; download the model again")
+    return Vae(model.to(device), files)

@@ -1,0 +1,96 @@
+"""The weights of a frozen network on disk: safetensors only, and known by their digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fmscale.errors import UserError
+
+READ_BYTES = 1 << 20
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` that every model folder of diffusers and transformers holds.
+
+    Args:
+        folder: a model folder on this machine.
+
+    Returns:
+        The file's content.
+
+    Raises:
+        UserError: the folder or the file is missing, or the file is not a JSON object.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(
+            f"{folder}: no model folder, for it holds no config.json; give a folder that save_pretrained wrote"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); download the model again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: not a JSON object; download the model again")
+    return config
+
+
+def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
+    """The safetensors files that a model folder's weights are read from.
+
+    Args:
+        folder: a model folder on this machine.
+        stem: `model` for transformers, `diffusion_pytorch_model` for diffusers.
+
+    Returns:
+        One file, or all pieces that the index of a split one names, in order of their names.
+
+    Raises:
+        UserError: there are no safetensors weights, or a piece is missing or damaged.
+    """
+    single = folder / f"{stem}.safetensors"
+    if single.is_file():
+        check_readable(single)
+        return (single,)
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        raise UserError(
+            f"{folder}: no {single.name}; only safetensors are read: where you trust the weights that it holds, "
+            "load them elsewhere and write them again with save_pretrained(folder, safe_serialization=True)"
+        )
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder}: {missing[0]} is missing, which {index.name} names; download the model again")
+    for name in names:
+        check_readable(folder / name)
+    return tuple(folder / name for name in names)
+
+
+def check_readable(file: Path) -> None:
+    """Open a safetensors file, which checks its header against its length.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged ({error}); download it again") from error
+
+
+def sha256(files: Iterable[Path]) -> str:
+    """Digest of the bytes of `files`, one after another: lower-case hexadecimal."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while piece := stream.read(READ_BYTES):
+                digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,58 @@
+"""Real ranks: processes that find one another over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from fmscale.config import TrainConfig
+from fmscale.distributed import World, free_port, rank_environment
+
+PROGRAM = Path(__file__).parent / "train_many.py"
+TIMEOUT_S = 300
+
+
+@pytest.fixture(scope="session")
+def train_many() -> Callable[[int, Sequence[TrainConfig]], None]:
+    """Trains each config, one after another, on the same processes."""
+
+    def run(world_size: int, configs: Sequence[TrainConfig]) -> None:
+        port = free_port()
+        argument = json.dumps([config.model_dump(mode="json") for config in configs])
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(PROGRAM), argument],
+                env=os.environ | rank_environment(World(rank, rank, world_size), "127.0.0.1", port),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(world_size)
+        ]
+        try:
+            outputs = [rank.communicate(timeout=TIMEOUT_S)[0] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        for rank, output in zip(ranks, outputs, strict=True):
+            assert rank.returncode == 0, output[-3000:]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def losses() -> Callable[[Path], dict[int, float]]:
+    """Reads a run's losses by step, and makes sure that each step stands there once and in order."""
+
+    def read(run_dir: Path) -> dict[int, float]:
+        records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+        return {record["step"]: record["loss"] for record in records}
+
+    return read

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fmscale.batch import Batch
+from fmscale.data.index import Index
+from fmscale.data.loader import build_loader
+from fmscale.data.order import Order, split
+
+
+def noise(shape: tuple[int, ...], step: int, slot: int, meta: dict[str, Any]) -> Tensor:
+    return torch.full(shape, 1000.0 * step + slot + meta["number"] / 100)
+
+
+def make_order(index: Index, global_batch: int) -> Order:
+    return Order([(bucket.name, bucket.count) for bucket in index.buckets], global_batch, seed=3)
+
+
+def load(index: Index, global_batch: int = 6, world_size: int = 1, micro_batch: int = 2, start=0, stop=5, workers=0):
+    """All ranks' batches, step by step, in the order of their slots."""
+    cut = split(global_batch, world_size, micro_batch)
+    run = partial(build_loader, index, make_order(index, global_batch), cut, noise=noise, workers=workers)
+    ranks = [list(run(rank=rank, start_step=start, stop_step=stop)) for rank in range(world_size)]
+    assert all(len(batches) == (stop - start) * cut.accumulation for batches in ranks)
+    return [batch for together in zip(*ranks, strict=True) for batch in together]
+
+
+def by_slot(batches: list[Batch]) -> dict[tuple[int, int], tuple[Any, ...]]:
+    """(step, slot) -> bucket, key, weight and tensors, as lists, for every slot that is no padding."""
+    found: dict[tuple[int, int], tuple[Any, ...]] = {}
+    for batch in batches:
+        for i, slot in enumerate(batch.slots.tolist()):
+            content = [tensor[i].tolist() for tensor in (*batch.tensors.values(), batch.noise)]
+            if batch.keys[i]:
+                assert (batch.step, slot) not in found
+                found[batch.step, slot] = (batch.bucket, batch.keys[i], batch.weight[i].item(), *content)
+            else:
+                assert batch.weight[i] == 0
+                assert not torch.tensor(content[0]).any()
+    return found
+
+
+def test_batches_hold_the_ordered_samples(index: Index, samples) -> None:
+    stored = {key: (tensors, meta) for key, tensors, meta in samples}
+    order = make_order(index, 6)
+    for number, batch in enumerate(load(index)):
+        step, m = divmod(number, 3)
+        plan = order.batch(step)
+        bucket = index.buckets[plan.bucket]
+        assert (batch.step, batch.bucket, batch.bad) == (step, (bucket.height, bucket.width), ())
+        assert batch.slots.tolist() == [2 * m, 2 * m + 1]
+        assert batch.weight.tolist() == [1, 1]
+        assert batch.keys == tuple(index.key(bucket.start + int(plan.rows[slot])) for slot in batch.slots)
+        for i, key in enumerate(batch.keys):
+            tensors, meta = stored[key]
+            assert all(torch.equal(batch.tensors[name][i], tensors[name]) for name in tensors)
+            drawn = noise(tuple(tensors["latents"].shape), step, int(batch.slots[i]), meta)
+            assert torch.equal(batch.noise[i], drawn)
+
+
+def test_every_world_size_gives_the_same_global_batches(index: Index) -> None:
+    alone = by_slot(load(index))
+    assert len(alone) == 30
+    for world_size in range(2, 6):
+        assert by_slot(load(index, world_size=world_size)) == alone
+    assert by_slot(load(index, micro_batch=4)) == alone
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(index: Index, workers: int) -> None:
+    one, many = load(index, world_size=2), load(index, world_size=2, workers=workers)
+    assert [(batch.step, batch.slots.tolist()) for batch in one] == [(b.step, b.slots.tolist()) for b in many]
+    assert by_slot(one) == by_slot(many)
+
+
+def test_a_later_start_gives_the_rest_of_the_run(index: Index) -> None:
+    whole = by_slot(load(index))
+    assert by_slot(load(index, start=2)) == {place: value for place, value in whole.items() if place[0] >= 2}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_sample_has_weight_zero_and_is_named(index: Index, workers: int) -> None:
+    sound = by_slot(load(index, stop=8))
+    place = index.location(20)
+    with place.shard.open("r+b") as file:
+        file.seek(place.offset + 1900)
+        file.write(b"damage")
+    batches = load(index, stop=8, workers=workers)
+    found = by_slot(batches)
+    hit = {slot for slot, value in sound.items() if value[1] == index.key(20)}
+    assert hit
+    assert {slot for slot in sound if found[slot] != sound[slot]} == hit
+    assert all(found[slot][2] == 0 and not torch.tensor(found[slot][3]).any() for slot in hit)
+    named = [bad for batch in batches for bad in batch.bad]
+    assert [(bad.key, bad.shard) for bad in named] == [(index.key(20), "8x8-00000.tar")] * len(hit)
+    assert "changed" in named[0].reason
+
+
+def test_a_micro_batch_of_padding_or_damage_alone_is_zeros_of_the_right_shape(index: Index) -> None:
+    for shard in index.path.glob("*.tar"):
+        shard.unlink()
+    batches = load(index, global_batch=5, world_size=4, micro_batch=1)
+    assert len(batches) == 5 * 2 * 4
+    for batch in batches:
+        assert batch.tensors["latents"].shape == batch.noise.shape == (1, 4, *batch.bucket)
+        assert batch.tensors["latents"].dtype == torch.bfloat16
+        assert batch.noise.dtype == torch.float32
+        assert not batch.weight.any()
+        assert len(batch.bad) == (batch.slots.item() < 5)
+
+
+def test_everything_a_worker_needs_can_be_sent_to_it(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start methods other than fork send the pipeline by pickle."""
+    import pickle
+
+    from fmscale.data import loader
+
+    def over_pickle(pipeline: object, **options: object) -> object:
+        return pickle.loads(pickle.dumps(pipeline))  # noqa: S301
+
+    monkeypatch.setattr(loader.webdataset, "WebLoader", over_pickle)
+    sent = by_slot(load(index))
+    monkeypatch.undo()
+    assert sent == by_slot(load(index))
+
+
+def test_no_steps_are_no_batches(index: Index, tmp_path: Path) -> None:
+    assert load(index, start=3, stop=3) == []

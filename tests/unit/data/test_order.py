@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmscale.data.order import Order, floor_sum, permute, split, stable_hash
+from fmscale.errors import UserError
+
+few = settings(max_examples=30, deadline=None)  # a busy machine is slow, not wrong
+BUCKETS = [("8x8", 50), ("8x16", 3), ("16x8", 20)]
+
+
+@few
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+def test_permute_is_one_to_one(size: int, key: int) -> None:
+    assert sorted(permute(np.arange(size), size, key)) == list(range(size))
+
+
+@few
+@given(st.integers(1, 2**40), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
+def test_permute_stays_inside_at_any_size(size: int, key: int, start: int) -> None:
+    positions = np.unique((start % size + np.arange(50) * 7919) % size)
+    images = permute(positions, size, key)
+    assert images.min() >= 0
+    assert images.max() < size
+    assert len(np.unique(images)) == len(positions)
+
+
+def test_permute_takes_a_key_per_position() -> None:
+    keys = np.array([1, 2, 2**64 - 1], dtype=np.uint64)
+    together = permute([5, 5, 5], 1000, keys)
+    assert list(together) == [int(permute(5, 1000, int(key))[0]) for key in keys]
+
+
+def test_permute_makes_every_permutation_of_four_about_equally_often() -> None:
+    counts = Counter(tuple(permute(np.arange(4), 4, stable_hash(key))) for key in range(2400))
+    assert len(counts) == 24
+    assert min(counts.values()) > 60  # expected 100, standard deviation 10
+    assert max(counts.values()) < 140
+
+
+def test_permute_leaves_no_trend() -> None:
+    images = permute(np.arange(20000), 20000, 7)
+    assert abs(np.corrcoef(np.arange(20000), images)[0, 1]) < 0.03
+    assert abs(np.corrcoef(images[1:], images[:-1])[0, 1]) < 0.03
+
+
+def test_stable_hash_is_the_same_everywhere() -> None:
+    assert stable_hash(0, "8x16", 3) == 6411673191235611215
+    assert stable_hash("a", "b") != stable_hash("ab")
+
+
+@few
+@given(st.integers(0, 60), st.integers(1, 50), st.integers(0, 120), st.integers(0, 120))
+def test_floor_sum_equals_the_sum(count: int, modulus: int, factor: int, offset: int) -> None:
+    assert floor_sum(count, modulus, factor, offset) == sum((factor * i + offset) // modulus for i in range(count))
+
+
+@few
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 2**32))
+def test_each_bucket_is_used_as_often_as_it_has_samples(sizes: list[int], seed: int) -> None:
+    order = Order([(f"{i}", size) for i, size in enumerate(sizes)], 1, seed)
+    total = sum(sizes)
+    for start in (0, 3 * total):
+        used = Counter(order.batch(step).bucket for step in range(start, start + total))
+        assert [used[i] for i in range(len(sizes))] == sizes
+
+
+@few
+@given(st.integers(0, 200))
+def test_uses_of_a_bucket_are_spread_evenly(start: int) -> None:
+    order = Order(BUCKETS, 1, 0)
+    used = Counter(order.batch(step).bucket for step in range(start, start + 20))
+    assert abs(used[0] - 20 * 50 / 73) < 3
+
+
+@pytest.mark.parametrize("global_batch", [1, 4, 7, 64])
+def test_every_sample_comes_once_per_epoch(global_batch: int) -> None:
+    order = Order(BUCKETS, global_batch, 5)
+    streams: list[list[int]] = [[], [], []]
+    for step in range(150):
+        plan = order.batch(step)
+        assert plan.rows.shape == (global_batch,)
+        assert plan.rows.dtype == np.int64
+        streams[plan.bucket] += plan.rows.tolist()
+    for (_, size), stream in zip(BUCKETS, streams, strict=True):
+        epochs = [stream[at : at + size] for at in range(0, len(stream) - size + 1, size)]
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert len(epochs) > 1
+        assert size == 3 or epochs[0] != epochs[1]
+
+
+def test_a_step_does_not_depend_on_history() -> None:
+    forward = Order(BUCKETS, 4, 5)
+    plans = [forward.batch(step) for step in range(100)]
+    for step in (99, 3, 50, 0):
+        alone = Order(BUCKETS, 4, 5).batch(step)
+        assert alone.bucket == plans[step].bucket
+        assert np.array_equal(alone.rows, plans[step].rows)
+
+
+def test_steps_far_away_cost_no_more() -> None:
+    order = Order([("a", 10**9), ("b", 3 * 10**8)], 8, 1)
+    plan, following = order.batch(10**12), order.batch(10**12 + 13 * 10**8)
+    assert plan.bucket == following.bucket  # one turn of the circle later
+    assert 0 <= plan.rows.min() <= plan.rows.max() < (10**9, 3 * 10**8)[plan.bucket]
+    assert not np.array_equal(plan.rows, following.rows)
+
+
+def test_seed_and_bucket_name_change_the_order() -> None:
+    def rows(name: str, seed: int) -> list[int]:
+        return Order([(name, 1000)], 20, seed).batch(0).rows.tolist()
+
+    assert len({tuple(rows("8x8", 0)), tuple(rows("8x8", 1)), tuple(rows("8x16", 0))}) == 3
+
+
+@few
+@given(st.integers(1, 70), st.integers(1, 9), st.integers(1, 20))
+def test_split_gives_each_slot_to_one_rank(global_batch: int, world_size: int, micro_batch: int) -> None:
+    if global_batch < world_size:
+        with pytest.raises(UserError, match=f"global_batch {global_batch} cannot be split over {world_size} ranks"):
+            split(global_batch, world_size, micro_batch)
+        return
+    cut = split(global_batch, world_size, micro_batch)
+    slots = np.concatenate([cut.slots(m, rank) for m in range(cut.accumulation) for rank in range(world_size)])
+    assert cut.micro_batch <= micro_batch
+    assert sorted(slots) == list(range(cut.accumulation * world_size * cut.micro_batch))
+    assert len(slots) >= global_batch
+    assert len(slots) - global_batch < world_size * cut.accumulation  # less than one slot of padding per micro-batch

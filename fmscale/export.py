@@ -57,7 +57,7 @@ def export(
         encoders = text.by_role
         if missing := [role for role in ("clip_l", "clip_g") if role not in encoders]:
             raise UserError(f"{run.path}: was trained without {missing[0]}, which StableDiffusion3Pipeline needs")
-        t5 = encoders.get("t5")
+        t5_model, t5_tokenizer = _t5(encoders, run.config.model.context_dim)
         pipeline = StableDiffusion3Pipeline(
             transformer=_transformer(run, weights, DTYPES[dtype]),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=run.config.flow.shift),
@@ -66,13 +66,37 @@ def export(
             tokenizer=encoders["clip_l"].tokenizer,
             text_encoder_2=encoders["clip_g"].model,
             tokenizer_2=encoders["clip_g"].tokenizer,
-            text_encoder_3=t5.model if t5 else None,
-            tokenizer_3=t5.tokenizer if t5 else None,
+            text_encoder_3=t5_model,
+            tokenizer_3=t5_tokenizer,
         )
         pipeline.save_pretrained(folder, safe_serialization=True)
         (folder / EXPORT_NOTE).write_text(json.dumps(_note(run, weights), indent=1) + "\n")
         (folder / "README.md").write_text(model_card(run, weights, dtype))
     log.info("exported %s weights of step %d to %s", weights, run.checkpoint.step, out)
+
+
+def _t5(encoders: dict[str, Any], context_dim: int) -> tuple[Any, Any]:
+    """T5 and its tokenizer; for a run without T5 a tiny one whose every token is zero, as the run was trained.
+
+    `from_pretrained` of diffusers 0.42 refuses a folder whose text_encoder_3 is null, unless its caller says so.
+    """
+    if "t5" in encoders:
+        return encoders["t5"].model, encoders["t5"].tokenizer
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    tokenizer = T5Tokenizer(extra_ids=0)
+    config = T5Config(
+        d_model=context_dim,
+        d_kv=1,
+        d_ff=1,
+        num_layers=1,
+        num_heads=1,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+    )
+    model = T5EncoderModel(config).eval()
+    torch.nn.init.zeros_(model.encoder.final_layer_norm.weight)
+    return model, tokenizer
 
 
 def _model_kwargs(run: Run) -> dict[str, Any]:
@@ -100,6 +124,7 @@ def _note(run: Run, weights: str) -> dict[str, Any]:
         "weights": run.weight_kind(weights),
         "null": run.config.conditioning.null,
         "t5_length": run.made_by["t5_length"],
+        "encoders": sorted(run.made_by["text"]),
         "base_size": run.config.model.base_size,
         "dataset_fingerprint": run.description["dataset"]["fingerprint"],
     }

@@ -269,7 +269,7 @@ def _open_export(folder: Path) -> Generator:
         model = MMDiT(**kwargs)
     state = {name: value.float() for name, value in _read_weights(folder / "transformer").items()}
     model.load_state_dict(from_diffusers(state, kwargs), assign=True)
-    present = {role: names for role, names in PIPELINE_FOLDERS.items() if (folder / names[0]).is_dir()}
+    present = {role: PIPELINE_FOLDERS[role] for role in note["encoders"]}  # a T5 that says zeros is not among them
     sources = {
         role: {"path": str(folder / model_name), "tokenizer": str(folder / tokenizer)}
         for role, (model_name, tokenizer) in present.items()

@@ -38,7 +38,7 @@ class Checkpoint:
 
     Attributes:
         path: its folder.
-        index: what index.json says: `step`, `updates`, `world_size`, `parameters`, `kinds`, `partitions`, `description`.
+        index: index.json: `step`, `updates`, `world_size`, `parameters`, `kinds`, `partitions`, `description`.
     """
 
     path: Path

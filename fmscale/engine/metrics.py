@@ -73,13 +73,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The objects of a metrics.jsonl; a last line that a crash cut short is left out."""
     if not path.is_file():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # what follows the last line break is not whole
 
 
 def _truncate(path: Path, first_step: int) -> None:

@@ -107,7 +107,9 @@ class Engine:
         self.stage: int = config["zero_optimization"]["stage"]
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.shapes = {name: tuple(p.shape) for name, p in zip(self.names, self.params, strict=True)}  # ZeRO-3 hides them
+        self.shapes = {
+            name: tuple(p.shape) for name, p in zip(self.names, self.params, strict=True)
+        }  # ZeRO-3 hides them
         self.engine, self.zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         for flat in self._flat_partitions():
             optimizer.init_state(flat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from fmscale.errors import UserError
 from fmscale.flow.timesteps import shift_timesteps
-import itertools
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (noisy_latents (B, C, H, W), t (B,)) -> velocity (B, C, H, W)
 

@@ -26,11 +26,13 @@ Losses = Callable[[Path], dict[int, float]]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, make_config: Make, train_many: TrainMany) -> Path:
-    """Runs of 20 steps named WORLD-STAGE, with checkpoints at 10 and 20; on one process also cut into 8 micro-batches."""
+    """Runs of 20 steps named WORLD-STAGE, checkpoints at 10 and 20; on one process also one of 8 micro-batches."""
     folder = tmp_path_factory.mktemp("runs")
     settings = (f"steps={STEPS}", "checkpoint.every_steps=10")
     for world in WORLDS:
-        configs = [make_config(folder / f"{world}-{stage}", *settings, f"engine.zero_stage={stage}") for stage in STAGES]
+        configs = [
+            make_config(folder / f"{world}-{stage}", *settings, f"engine.zero_stage={stage}") for stage in STAGES
+        ]
         if world == 1:
             configs.append(make_config(folder / "accumulated", *settings, "micro_batch=4", "data.workers=1"))
         train_many(world, configs)
@@ -47,11 +49,6 @@ def worst_difference(ours: dict[int, float], theirs: dict[int, float]) -> float:
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_world_and_stage_trains_the_same_run(runs: Path, losses: Losses, world: int, stage: int) -> None:
     assert worst_difference(losses(runs / f"{world}-{stage}"), losses(runs / "1-1")) <= TOLERANCE
-
-
-def test_training_learns_something(runs: Path, losses: Losses) -> None:
-    values = losses(runs / "1-1")
-    assert sum(values[step] for step in range(16, 21)) < 0.98 * sum(values[step] for step in range(1, 6))
 
 
 def test_eight_micro_batches_of_four_are_one_of_thirty_two(runs: Path, losses: Losses) -> None:

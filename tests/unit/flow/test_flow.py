@@ -54,7 +54,9 @@ def test_uniform_is_uniform() -> None:
 
 @pytest.mark.parametrize("name", TIMESTEP_SAMPLERS)
 def test_samplers_are_functions_of_their_generator(name: str) -> None:
-    first, again, other = (TIMESTEP_SAMPLERS[name](64, keyed_generator("t", key), mean=0.0, std=1.0) for key in (1, 1, 2))
+    first, again, other = (
+        TIMESTEP_SAMPLERS[name](64, keyed_generator("t", key), mean=0.0, std=1.0) for key in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 

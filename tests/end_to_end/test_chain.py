@@ -1,0 +1,134 @@
+"""Images -> encode -> train -> export, small, through the real functions, judged by stock diffusers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fmscale import digits
+from fmscale.config import EncodeConfig, ReflowConfig, TrainConfig, check, load, merge, parse_overrides
+from fmscale.encode import encode
+from fmscale.encoders.text import expand
+from fmscale.errors import UserError
+from fmscale.export import export
+from fmscale.quickstart import write_encoders, write_train_config
+from fmscale.reflow import reflow
+from fmscale.runs import open_run
+from fmscale.sample import open_generator, sample_latents
+from fmscale.train import train
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as quickstart leaves it, made of 24 digits in three buckets, one of them broken, and 6 steps."""
+    out = tmp_path_factory.mktemp("chain")
+    split = digits.load_split()
+    pictures, labels = digits.enlarge(split.train_images[:24]), split.train_labels[:24]
+    (out / "images").mkdir()
+    for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        shown = picture if number % 2 else np.concatenate([picture, picture], axis=number // 2 % 2)
+        Image.fromarray(shown).save(out / "images" / f"{number:03d}.png")
+        (out / "images" / f"{number:03d}.txt").write_text(digits.caption(label))
+    (out / "images" / "broken.png").write_bytes(b"this is no picture")
+    (out / "images" / "broken.txt").write_text("nothing")
+    encode(write_encoders(out))
+    config_path = write_train_config(out)
+    overrides = ["steps=6", "global_batch=8", "micro_batch=8", "engine.dtype=fp32", "checkpoint.every_steps=3"]
+    train(load(TrainConfig, config_path, overrides))
+    export(open_run(out / "run"), out / "export", dtype="fp32")
+    return out
+
+
+def test_a_broken_image_is_named_and_skipped(chain: Path) -> None:
+    failures = [json.loads(line) for line in (chain / "latents" / "failures.jsonl").read_text().splitlines()]
+    assert [failure["key"] for failure in failures] == ["broken"]
+    assert "cannot be decoded" in failures[0]["reason"]
+
+
+def test_the_pipeline_draws_the_same_latents(chain: Path) -> None:
+    """Same prompt embeddings, noise and sigmas: fmscale from the run, fmscale from the export, diffusers."""
+    from diffusers import StableDiffusion3Pipeline
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(chain / "export")
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["a handwritten seven", "a handwritten two above a handwritten one"]
+    noise = torch.randn(2, pipeline.vae.config.latent_channels, 16, 8, generator=torch.Generator().manual_seed(0))
+    sigmas = [1.0, 0.8, 0.5, 0.2]
+    theirs = pipeline(
+        prompts,
+        height=128,
+        width=64,
+        sigmas=sigmas,
+        num_inference_steps=len(sigmas),
+        guidance_scale=3.0,
+        latents=noise,
+        output_type="latent",
+    ).images
+    visited = [*pipeline.scheduler.sigmas.tolist()]
+    for source in (chain / "run", chain / "export"):
+        generator = open_generator(source)
+        given, nothing = generator.condition(prompts), generator.unconditional(["", ""])
+        embeddings = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+        assert torch.allclose(expand(given).context, embeddings[0], atol=1e-5)
+        assert torch.allclose(given.pooled, embeddings[2], atol=1e-5)
+        ours = sample_latents(generator.model, noise, visited, given, nothing, 3.0)
+        assert (ours - theirs).abs().max().item() <= 1e-4
+
+
+def test_another_vae_is_refused(chain: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    other = AutoencoderKL(**blocks, block_out_channels=[8] * 4, norm_num_groups=4, latent_channels=8)
+    other.save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match="not the VAE that made the dataset: channels 8 instead of 4"):
+        export(open_run(chain / "run"), tmp_path / "export", vae=str(tmp_path / "vae"))
+    assert not (tmp_path / "export").exists()
+
+
+def test_what_exists_is_not_overwritten(chain: Path) -> None:
+    with pytest.raises(UserError, match="exists already"):
+        export(open_run(chain / "run"), chain / "export")
+    with pytest.raises(UserError, match="exists already"):
+        encode(load(EncodeConfig, chain / "encode.yaml"))
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_written(chain: Path, tmp_path: Path) -> None:
+    run = open_run(chain / "run")
+    file = next(run.checkpoint.path.glob("*.safetensors"))
+    content = file.read_bytes()
+    try:
+        file.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+        with pytest.raises(UserError, match=r"partition-00000-of-00001\.safetensors: damaged"):
+            export(run, tmp_path / "export")
+    finally:
+        file.write_bytes(content)
+    assert not (tmp_path / "export").exists()
+
+
+def test_pairs_train(chain: Path, tmp_path: Path) -> None:
+    data: dict[str, Any] = {
+        "teacher": str(chain / "run"),
+        "data": {"path": str(chain / "latents")},
+        "out": str(tmp_path / "pairs"),
+        "pairs": 9,
+        "solver_steps": 2,
+        "batch": 4,
+    }
+    index = reflow(check(ReflowConfig, data, "test"))
+    assert len(index) == 9
+    source = load(TrainConfig, chain / "train.yaml").model_dump(mode="json")
+    overrides = [
+        f"run_dir={tmp_path / 'student'}",
+        f"data.path={tmp_path / 'pairs'}",
+        "flow.coupling=paired",
+        "steps=1",
+    ]
+    train(check(TrainConfig, merge(source, parse_overrides([*overrides, "global_batch=4"])), "test"))
+    assert (tmp_path / "student" / "checkpoints" / "step-00000001").is_dir()

@@ -28,7 +28,9 @@ def train_many() -> Callable[[int, Sequence[TrainConfig]], None]:
         ranks = [
             subprocess.Popen(
                 [sys.executable, str(PROGRAM), argument],
-                env=os.environ | rank_environment(World(rank, rank, world_size), "127.0.0.1", port),
+                env=os.environ
+                | rank_environment(World(rank, rank, world_size), "127.0.0.1", port)
+                | {"OMP_NUM_THREADS": "1"},  # ranks that share cores wait for one another at every barrier
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -6,11 +6,12 @@ Nothing heavy is imported before a command is known, so that `fmscale --help` an
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fmscale import __version__
 from fmscale.errors import UserError
@@ -54,15 +55,24 @@ def main(argv: Sequence[str]) -> int:
     try:
         return command.run(args) or DONE
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"fmscale {args.command}: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
-        return MISTAKE
+        return _refuse(args.command, str(error))
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAULT
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        return _refuse(args.command, f"the disk is full{where} ({error.strerror}); make room, then run it again")
     except KeyboardInterrupt:
         print(f"fmscale {args.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _refuse(command: str, why: str) -> int:
+    rank = os.environ.get("RANK", "0")
+    print(f"fmscale {command}: {'' if rank == '0' else f'rank {rank}: '}{why}", file=sys.stderr)
+    return MISTAKE
 
 
 def _overview() -> argparse.ArgumentParser:
@@ -173,7 +183,7 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", default="samples.png", metavar="FILE", help="PNG, prompts under the images (%(default)s)"
     )
     parser.add_argument("--images", type=_positive, default=4, metavar="N", help="per prompt (%(default)s)")
-    parser.add_argument("--height", type=_positive, metavar="PX", help="(the dataset's first bucket, or 1024)")
+    parser.add_argument("--height", type=_positive, metavar="PX", help="(the model's base resolution)")
     parser.add_argument("--width", type=_positive, metavar="PX")
     parser.add_argument("--solver-steps", type=_positive, default=28, metavar="N", help="(%(default)s)")
     parser.add_argument("--solver", default="euler", help="euler or heun (%(default)s)")
@@ -214,11 +224,11 @@ def _reflow(args: argparse.Namespace) -> int | None:
     return _with_config(args, lambda config: _program("reflow").reflow(config))
 
 
-def _program(name: str):  # type: ignore[no-untyped-def]
+def _program(name: str) -> Any:
     return importlib.import_module(f"fmscale.{name}")
 
 
-def _path(text: str):  # type: ignore[no-untyped-def]
+def _path(text: str) -> Any:
     from pathlib import Path
 
     return Path(text)

@@ -7,10 +7,8 @@ data/images (bytes, caption) -> bucket -> resize and crop -> VAE ─┐
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from fmscale.batch import BadSample
 from fmscale.config import EncodeConfig
-from fmscale.data.buckets import assign, make_buckets
+from fmscale.data.buckets import assign, grouped, make_buckets
 from fmscale.data.images import ImageError, SourceImage, fit, load_image, read_images, was_squared
 from fmscale.data.index import Index, verify
 from fmscale.data.index_build import build_index
@@ -30,6 +28,7 @@ from fmscale.encoders.null import save_null
 from fmscale.encoders.text import TextEncoders, load_text_encoders
 from fmscale.encoders.vae import Vae, load_vae
 from fmscale.errors import UserError
+from fmscale.files import new_folder
 from fmscale.flow.noise import keyed_generator
 from fmscale.log import get_logger, progress
 
@@ -142,27 +141,36 @@ def _encode_all(
 ) -> list[dict[str, str]]:
     """Write the shards; returns what was skipped and why."""
     failures: list[dict[str, str]] = []
-    waiting: dict[tuple[int, int], list[Prepared]] = {bucket: [] for bucket in buckets}
-    squared = 0
     with ShardWriter(folder, samples_per_shard=config.shard_samples) as writer, progress() as bar:
-        task = bar.add_task("encode", total=None)
-        for source in sources:
-            bar.advance(task)
-            try:
-                bucket, image = prepare(source, buckets, config.max_pixels)
-            except ImageError as error:
-                failures.append(_skip(source.key, str(error)))
-                continue
-            squared += was_squared(image.source_meta)
-            waiting[bucket].append(image)
-            if len(waiting[bucket]) == config.batch:
-                failures += _write_batch(encoder, writer, waiting[bucket])
-                waiting[bucket] = []
-        for images in waiting.values():
-            failures += _write_batch(encoder, writer, images) if images else []
+        counted = bar.track(sources, total=None, description="encode")
+        images = _prepare_all(counted, buckets, config.max_pixels, failures)
+        for batch in grouped(images, lambda image: image.pixels.shape, config.batch):
+            for image, tensors in encoder.encode(batch):
+                if all(bool(torch.isfinite(value).all()) for value in tensors.values()):
+                    writer.write(image.key, tensors, image.meta)
+                else:
+                    failures.append(_skip(image.key, "latents or text features are not finite"))
+    return failures
+
+
+def _prepare_all(
+    sources: Iterable[SourceImage | BadSample],
+    buckets: list[tuple[int, int]],
+    max_pixels: int,
+    failures: list[dict[str, str]],
+) -> Iterator[Prepared]:
+    """The images that can be used; the others are added to `failures`."""
+    squared = 0
+    for source in sources:
+        try:
+            image = prepare(source, buckets, max_pixels)
+        except ImageError as error:
+            failures.append(_skip(source.key, str(error)))
+            continue
+        squared += was_squared(image.source_meta)
+        yield image
     if squared:
         log.warning("%d images were made square by the program that fetched them: their aspect ratio is lost", squared)
-    return failures
 
 
 def _skip(key: str, reason: str) -> dict[str, str]:
@@ -170,9 +178,7 @@ def _skip(key: str, reason: str) -> dict[str, str]:
     return {"key": key, "reason": reason}
 
 
-def prepare(
-    source: SourceImage | BadSample, buckets: list[tuple[int, int]], max_pixels: int
-) -> tuple[tuple[int, int], Prepared]:
+def prepare(source: SourceImage | BadSample, buckets: list[tuple[int, int]], max_pixels: int) -> Prepared:
     """Decode an image, find its bucket, and fit it.
 
     Args:
@@ -195,17 +201,7 @@ def prepare(
         "crop_px": list(crop),
         "size_px": list(bucket),
     }
-    return bucket, Prepared(source.key, pixels, source.caption, meta, source.meta)
-
-
-def _write_batch(encoder: Encoder, writer: ShardWriter, images: list[Prepared]) -> list[dict[str, str]]:
-    failures = []
-    for image, tensors in encoder.encode(images):
-        if all(bool(torch.isfinite(value).all()) for value in tensors.values()):
-            writer.write(image.key, tensors, image.meta)
-        else:
-            failures.append(_skip(image.key, "latents or text features are not finite"))
-    return failures
+    return Prepared(source.key, pixels, source.caption, meta, source.meta)
 
 
 def _check_buckets(buckets: list[tuple[int, int]], vae: Vae) -> None:
@@ -218,27 +214,6 @@ def _check_buckets(buckets: list[tuple[int, int]], vae: Vae) -> None:
 
 def _tally(failures: list[dict[str, str]]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in Counter(f["reason"] for f in failures).most_common(5))
-
-
-@contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
-    """A folder to write in that takes the name `final` when the block ends well, and vanishes when it does not.
-
-    Raises:
-        UserError: `final` exists already, or the disk fails.
-    """
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise UserError(f"{final} exists already; give another folder, or remove it first")
-    temporary = final.absolute().with_name(f".{final.absolute().name}.writing")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.replace(final)
-    except OSError as error:
-        raise UserError(f"{final}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def index(dataset: Path, check: bool) -> int:

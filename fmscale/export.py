@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from fmscale import __version__
-from fmscale.encode import new_folder
 from fmscale.errors import UserError
+from fmscale.files import new_folder
 from fmscale.log import get_logger
 from fmscale.models.names import diffusers_config, to_diffusers
 from fmscale.runs import Run, open_run

@@ -209,15 +209,19 @@ def run_training(config_path: Path, nproc: int) -> None:
 def evaluate(out: Path) -> dict[str, Any]:
     """Draw with stock diffusers from the exported folder, and let a classifier fitted on the real digits read it."""
     from diffusers import StableDiffusion3Pipeline
+    from diffusers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of loading; the next one is of drawing
     split = digits.load_split()
     classifier = digits.fit_classifier(split.train_images, split.train_labels)
-    pipeline = StableDiffusion3Pipeline.from_pretrained(out / "export").to(world_from_environment().device)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(out / "export", low_cpu_mem_usage=False)
+    pipeline = pipeline.to(world_from_environment().device)
     pipeline.set_progress_bar_config(disable=True)
     singles = np.repeat(np.arange(10), EVALUATED_PER_DIGIT)
-    drawn = draw(pipeline, [digits.caption(label) for label in singles], (64, 64))
+    captions = [digits.caption(int(label)) for label in singles]
+    drawn = draw(pipeline, captions, (64, 64))
     results = {"conditional_accuracy": float(np.mean(digits.read_digits(classifier, drawn) == singles))}
-    shown = [(image, digits.caption(label)) for image, label in zip(drawn, singles, strict=True)][::EVALUATED_PER_DIGIT]
+    shown = list(zip(drawn, captions, strict=True))[::EVALUATED_PER_DIGIT]
     for name, layout in LAYOUTS.items():
         pairs = np.random.default_rng(SEED + 1).integers(10, size=(EVALUATED_PAIRS, 2))
         captions = [layout.caption(*pair) for pair in pairs]

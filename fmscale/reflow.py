@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fmscale.batch import Conditioning
 from fmscale.config import ReflowConfig
+from fmscale.data.buckets import grouped
 from fmscale.data.index import Bucket, Index
 from fmscale.data.index_build import build_index
 from fmscale.data.order import Order
@@ -16,9 +18,10 @@ from fmscale.data.reader import OpenShards, read_sample
 from fmscale.data.shards import ShardWriter
 from fmscale.data.tar import DamageError
 from fmscale.distributed import world_from_environment
-from fmscale.encode import STORAGE, new_folder
+from fmscale.encode import STORAGE
 from fmscale.encoders.null import load_null, save_null
 from fmscale.encoders.text import ROLES, assemble
+from fmscale.files import new_folder
 from fmscale.flow.coupling import NOISE_KEY
 from fmscale.flow.noise import draw_noise
 from fmscale.flow.solver import time_grid
@@ -44,64 +47,45 @@ def reflow(config: ReflowConfig) -> Index:
     Source: Liu et al. 2022, arXiv:2209.03003, sec. 2.2.
     """
     run, source = open_run(config.teacher), Index.open(config.data.path)
-    names = [name for name in source.layout if name.removesuffix("_pooled") in ROLES]
     with new_folder(config.out) as folder:
+        names = [name for name in source.layout if name.removesuffix("_pooled") in ROLES]
         null = load_null(source.path, names)
-        _generate_all(config, run, source, names, null, folder)
+        teacher = Teacher(config, run, null)
+        with ShardWriter(folder, samples_per_shard=config.shard_samples) as writer, progress() as bar:
+            captions = bar.track(read_captions(config, source), total=config.pairs, description="reflow")
+            for batch in grouped(captions, lambda caption: caption.bucket, config.batch):
+                for caption, latents in zip(batch, teacher.draw(batch), strict=True):
+                    meta = {"caption": caption.words, NOISE_KEY: list(caption.noise_key)}
+                    writer.write(f"pair{caption.number:09d}", {"latents": latents, **caption.text}, meta)
         save_null(folder, {name: value.to(STORAGE["fp32"]) for name, value in null.items()})
-        made_by = {**(source.made_by or {}), "program": "fmscale reflow", "teacher": _teacher(config, run)}
-        build_index(folder, made_by)
+        build_index(folder, {**(source.made_by or {}), "program": "fmscale reflow", "teacher": teacher.identity()})
     index = Index.open(config.out)
     log.info("%s: %d pairs", config.out, len(index))
     return index
 
 
-def _teacher(config: ReflowConfig, run: Run) -> dict[str, Any]:
-    return {
-        "run": str(run.path.absolute()),
-        "step": run.checkpoint.step,
-        "solver": config.solver,
-        "solver_steps": config.solver_steps,
-        "guidance_scale": config.guidance_scale,
-    }
+class Caption(NamedTuple):
+    """What a pair is generated from: the text of one sample.
+
+    Attributes:
+        number: of the pair.
+        bucket: of the sample, and so of the pair.
+        text: features as stored.
+        words: the caption itself.
+        noise_key: what the pair's noise is a function of.
+    """
+
+    number: int
+    bucket: Bucket
+    text: dict[str, Tensor]
+    words: str
+    noise_key: tuple[str, int, int]
 
 
-def _generate_all(
-    config: ReflowConfig, run: Run, source: Index, names: list[str], null: dict[str, Tensor], folder: Any
-) -> None:
-    device = world_from_environment().device
-    model = run.model("ema").to(device)
+def read_captions(config: ReflowConfig, source: Index) -> Iterator[Caption]:
+    """The captions of `config.pairs` samples, in the order in which training would see them."""
     order = Order([(bucket.name, bucket.count) for bucket in source.buckets], 1, config.seed)
-    waiting: dict[Bucket, list[tuple[int, dict[str, Tensor], dict[str, Any]]]] = defaultdict(list)
-    with (
-        ShardWriter(folder, samples_per_shard=config.shard_samples) as writer,
-        OpenShards() as shards,
-        progress() as bar,
-    ):
-        task = bar.add_task("reflow", total=config.pairs)
-
-        def flush(bucket: Bucket) -> None:
-            pairs = waiting.pop(bucket)
-            shape = (run.config.model.latent_channels, bucket.height, bucket.width)
-            keys = [("reflow", config.seed, number) for number, _, _ in pairs]
-            noise = torch.stack([draw_noise(shape, *key) for key in keys]).to(device)
-            text = {name: torch.stack([tensors[name].float() for _, tensors, _ in pairs]).to(device) for name in names}
-            nothing = {name: null[name].to(device).expand_as(value) for name, value in text.items()}
-            settings = {"context_dim": run.config.model.context_dim, "t5_length": run.made_by["t5_length"]}
-            latents = sample_latents(
-                model,
-                noise,
-                time_grid(config.solver_steps, run.config.flow.shift),
-                assemble(text, **settings),
-                assemble(nothing, **settings),
-                config.guidance_scale,
-                config.solver,
-            ).to("cpu", STORAGE[config.dtype])
-            for key, latent, (number, tensors, meta) in zip(keys, latents, pairs, strict=True):
-                stored = {"latents": latent.contiguous(), **{name: tensors[name] for name in names}}
-                writer.write(f"pair{number:09d}", stored, {"caption": meta.get("caption", ""), NOISE_KEY: list(key)})
-            bar.advance(task, len(pairs))
-
+    with OpenShards() as shards:
         for number in range(config.pairs):
             plan = order.batch(number)
             bucket = source.buckets[plan.bucket]
@@ -111,8 +95,56 @@ def _generate_all(
             except DamageError as error:
                 log.warning("skipped %s: %s", source.key(row), error)
                 continue
-            waiting[bucket].append((number, sample.tensors, sample.meta))
-            if len(waiting[bucket]) == config.batch:
-                flush(bucket)
-        for bucket in list(waiting):
-            flush(bucket)
+            text = {name: value for name, value in sample.tensors.items() if name.removesuffix("_pooled") in ROLES}
+            yield Caption(number, bucket, text, sample.meta.get("caption", ""), ("reflow", config.seed, number))
+
+
+class Teacher:
+    """The trained network that generates the pairs' latents.
+
+    Args:
+        config: solver and guidance.
+        run: whose EMA weights are used.
+        null: per text tensor, the features that guidance leads away from.
+    """
+
+    def __init__(self, config: ReflowConfig, run: Run, null: Mapping[str, Tensor]) -> None:
+        self.config, self.run, self.null = config, run, null
+        self.device = world_from_environment().device
+        self.model = run.model("ema").to(self.device)
+        self.times = time_grid(config.solver_steps, run.config.flow.shift)
+
+    def draw(self, captions: Sequence[Caption]) -> Tensor:
+        """Latents for captions of one bucket: shape (B, C, H, W), on the CPU, as they are stored."""
+        bucket = captions[0].bucket
+        shape = (self.run.config.model.latent_channels, bucket.height, bucket.width)
+        noise = torch.stack([draw_noise(shape, *caption.noise_key) for caption in captions]).to(self.device)
+        names = captions[0].text
+        text = {name: torch.stack([caption.text[name] for caption in captions]).float() for name in names}
+        nothing = {name: self.null[name].expand_as(value) for name, value in text.items()}
+        latents = sample_latents(
+            self.model,
+            noise,
+            self.times,
+            self._assemble(text),
+            self._assemble(nothing),
+            self.config.guidance_scale,
+            self.config.solver,
+        )
+        return latents.to("cpu", STORAGE[self.config.dtype])
+
+    def _assemble(self, text: Mapping[str, Tensor]) -> Conditioning:
+        on_device = {name: value.to(self.device) for name, value in text.items()}
+        return assemble(
+            on_device, context_dim=self.run.config.model.context_dim, t5_length=self.run.made_by["t5_length"]
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What the pairs' manifest says about their making."""
+        return {
+            "run": str(self.run.path.absolute()),
+            "step": self.run.checkpoint.step,
+            "solver": self.config.solver,
+            "solver_steps": self.config.solver_steps,
+            "guidance_scale": self.config.guidance_scale,
+        }

@@ -10,7 +10,6 @@ RUN/config.yaml       the merged config, written first
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from fmscale import __version__
 from fmscale.config import TrainConfig, dump, flatten, load
 from fmscale.errors import UserError
+from fmscale.files import replace_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -81,17 +81,10 @@ def start_run_dir(config: TrainConfig, devices: list[str]) -> None:
     """Make the run directory and write what is going to run, and on what."""
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        _replace(config.run_dir / "config.yaml", dump(config))
-        _replace(config.run_dir / "environment.json", json.dumps(environment(devices), indent=1) + "\n")
+        replace_text(config.run_dir / "config.yaml", dump(config))
+        replace_text(config.run_dir / "environment.json", json.dumps(environment(devices), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run_dir: cannot write to {config.run_dir}: {error.strerror}") from None
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def environment(devices: list[str]) -> dict[str, Any]:

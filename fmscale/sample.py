@@ -151,7 +151,8 @@ def sample_command(args: argparse.Namespace) -> None:
     side = generator.base_size * generator.patch_size * generator.vae.factor
     shape = generator.latent_shape(args.height or side, args.width or side)
     times = time_grid(args.solver_steps, generator.shift)
-    images, captions = [], []
+    images: list[np.ndarray] = []
+    captions: list[str] = []
     for number, prompt in enumerate(args.prompt):
         noise = torch.stack([draw_noise(shape, "sample", args.seed, number, i) for i in range(args.images)])
         latents = sample_latents(

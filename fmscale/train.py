@@ -11,14 +11,15 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fmscale.batch import Batch, Conditioning
+from fmscale.batch import Batch
 from fmscale.config import TrainConfig
 from fmscale.data.index import Index
 from fmscale.data.loader import build_loader
@@ -39,6 +40,9 @@ from fmscale.flow.timesteps import TIMESTEP_SAMPLERS, shift_timesteps
 from fmscale.log import get_logger, progress
 from fmscale.runs import build_model, check_run_dir, checkpoints_dir, start_run_dir
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 log = get_logger(__name__)
 
 
@@ -58,6 +62,10 @@ class Dataset:
     t5_length: int
     null: dict[str, Tensor]
 
+    def to(self, device: torch.device) -> Dataset:
+        """The same dataset with its null on `device`."""
+        return replace(self, null={name: value.to(device) for name, value in self.null.items()})
+
 
 class Draws(NamedTuple):
     """What is random in a step, for the whole global batch.
@@ -69,6 +77,24 @@ class Draws(NamedTuple):
 
     t: Tensor
     dropped: Tensor
+
+
+class Job(NamedTuple):
+    """A run in progress: what every function of the loop works with.
+
+    Attributes:
+        config: what is trained.
+        dataset: what it learns.
+        engine: the model under ZeRO.
+        world: this process among the ranks.
+        portions: how a global batch falls to ranks and micro-batches.
+    """
+
+    config: TrainConfig
+    dataset: Dataset
+    engine: Engine
+    world: World
+    portions: Split
 
 
 def train(config: TrainConfig, *, allow_changes: bool = False) -> None:
@@ -85,12 +111,13 @@ def train(config: TrainConfig, *, allow_changes: bool = False) -> None:
     """
     world = world_from_environment()
     dataset = check_setup(config, world.world_size, allow_changes)
+    portions = split(config.global_batch, world.world_size, config.micro_batch)
     init_process_group(world)
     if world.is_main:
         start_run_dir(config, _device_names(world))
-    engine = build_engine(config, world)
-    start = resume(config, dataset, engine, world)
-    loop(config, dataset, engine, world, start)
+    engine = build_engine(config, world.device, portions.micro_batch)
+    job = Job(config, dataset.to(world.device), engine, world, portions)
+    loop(job, start=resume(job))
 
 
 def check_setup(config: TrainConfig, world_size: int, allow_changes: bool = False) -> Dataset:
@@ -152,10 +179,10 @@ def _check_coupling(config: TrainConfig, index: Index) -> None:
         raise UserError(f"flow.coupling: `paired` needs a dataset made by `fmscale reflow`, {index.path} is none")
 
 
-def build_engine(config: TrainConfig, world: World) -> Engine:
+def build_engine(config: TrainConfig, device: torch.device, micro_batch: int) -> Engine:
     """The freshly initialised model under ZeRO."""
     torch.manual_seed(config.seed)
-    model = build_model(config).to(world.device)
+    model = build_model(config).to(device)
     options = config.optimizer
     optimizer = AdamWEMA(
         parameter_groups(model, options.weight_decay),
@@ -164,12 +191,11 @@ def build_engine(config: TrainConfig, world: World) -> Engine:
         eps=options.eps,
         ema_decays=config.ema.decays,
     )
-    pieces = split(config.global_batch, world.world_size, config.micro_batch)
-    settings = deepspeed_config(config.engine.zero_stage, config.engine.dtype, pieces.micro_batch, options.clip_norm)
+    settings = deepspeed_config(config.engine.zero_stage, config.engine.dtype, micro_batch, options.clip_norm)
     return Engine(model, optimizer, settings)
 
 
-def resume(config: TrainConfig, dataset: Dataset, engine: Engine, world: World) -> int:
+def resume(job: Job) -> int:
     """Restore the newest checkpoint, if there is one.
 
     Returns:
@@ -178,71 +204,66 @@ def resume(config: TrainConfig, dataset: Dataset, engine: Engine, world: World) 
     Raises:
         UserError: the checkpoint is damaged, or the dataset is not the one it was trained on.
     """
-    found = checkpoints.latest(checkpoints_dir(config.run_dir))
+    found = checkpoints.latest(checkpoints_dir(job.config.run_dir))
     if found is None:
         return 0
+    index = job.dataset.index
     trained_on = found.index["description"]["dataset"]["fingerprint"]
-    if trained_on != dataset.index.fingerprint:
+    if trained_on != index.fingerprint:
         raise UserError(
-            f"data.path: {dataset.index.path} is not the dataset of {found.path} "
-            f"(fingerprint {dataset.index.fingerprint[:12]}, trained on {trained_on[:12]}); start another run_dir"
+            f"data.path: {index.path} is not the dataset of {found.path} "
+            f"(fingerprint {index.fingerprint[:12]}, trained on {trained_on[:12]}); start another run_dir"
         )
-    checkpoints.verify(found, world.rank, world.world_size)
-    checkpoints.restore(found, engine.pieces())
-    engine.updates = found.index["updates"]
-    engine.refresh()
+    checkpoints.verify(found, job.world.rank, job.world.world_size)
+    checkpoints.restore(found, job.engine.pieces())
+    job.engine.updates = found.index["updates"]
+    job.engine.refresh()
     log.info("resumed %s", found.path)
     return found.step
 
 
-def loop(config: TrainConfig, dataset: Dataset, engine: Engine, world: World, start: int) -> None:
+def loop(job: Job, start: int) -> None:
     """Steps `start` … `config.steps`, with metrics and checkpoints."""
+    config = job.config
     if start >= config.steps:
         log.info("nothing to do: %d of %d steps are done; raise `steps` to train on", start, config.steps)
         return
-    portions = split(config.global_batch, world.world_size, config.micro_batch)
-    batches = iter(batches_of(config, dataset, portions, world, start))
-    null = {name: value.to(world.device) for name, value in dataset.null.items()}
-    metrics = MetricsLog(config.run_dir, start + 1, config.log.tensorboard) if world.is_main else None
-    announce(config, dataset, engine, portions, start)
-    shown = "loss {task.fields[loss]:.4f} · {task.fields[rate]:.1f} images/s"
-    with progress(shown) as bar:
-        task = bar.add_task("train", total=config.steps, completed=start, loss=float("nan"), rate=0.0)
+    announce(job, start)
+    batches = batches_of(job, start)
+    metrics = MetricsLog(config.run_dir, start + 1, config.log.tensorboard) if job.world.is_main else None
+    with progress("loss {task.fields[loss]:.4f} · {task.fields[rate]:.1f} images/s") as bar:
+        bar.add_task("train", total=config.steps, completed=start, loss=float("nan"), rate=0.0)
         for step in range(start, config.steps):
             began = time.perf_counter()
-            lr = learning_rate_at(config, step)
-            result = train_step(config, dataset, engine, batches, portions, world, null, step, lr)
-            done, seconds = step + 1, time.perf_counter() - began
+            result = train_step(job, batches, step)
+            done = step + 1
+            saving = done == config.steps or done % config.checkpoint.every_steps == 0
             if metrics is not None:
-                metrics.add(**step_record(config, result, done, lr, seconds))
-                if done % config.log.every_steps == 0 or done == config.steps:
-                    last = metrics.flush() or {}
-                    loss = float("nan") if last["loss"] is None else last["loss"]
-                    bar.update(task, completed=done, loss=loss, rate=last["images_per_s"])
-            if done % config.checkpoint.every_steps == 0 or done == config.steps:
-                if metrics is not None:
-                    metrics.flush()
-                save(config, dataset, engine, world, done)
+                metrics.add(**step_record(config, result, step, time.perf_counter() - began))
+                if saving or done % config.log.every_steps == 0:
+                    report(config, metrics.flush(), bar)
+            if saving:
+                save(job, done)
     if metrics is not None:
         metrics.close()
-        log.info(
-            "done: %d steps, %s images, in %s", config.steps, f"{config.steps * config.global_batch:,}", config.run_dir
-        )
+    log.info(
+        "done: %d steps, %s images, in %s", config.steps, f"{config.steps * config.global_batch:,}", config.run_dir
+    )
 
 
-def batches_of(config: TrainConfig, dataset: Dataset, portions: Split, world: World, start: int) -> Iterator[Batch]:
+def batches_of(job: Job, start: int) -> Iterator[Batch]:
     """This rank's micro-batches from step `start` on."""
-    order = Order([(b.name, b.count) for b in dataset.index.buckets], config.global_batch, config.seed)
+    config, index = job.config, job.dataset.index
     return build_loader(
-        dataset.index,
-        order,
-        portions,
-        rank=world.rank,
+        index,
+        Order([(bucket.name, bucket.count) for bucket in index.buckets], config.global_batch, config.seed),
+        job.portions,
+        rank=job.world.rank,
         start_step=start,
         stop_step=config.steps,
         noise=functools.partial(draw_noise, config.flow.coupling, config.seed),
         workers=config.data.workers,
-        pin_memory=world.device.type == "cuda",
+        pin_memory=job.world.device.type == "cuda",
     )
 
 
@@ -279,50 +300,39 @@ class StepResult(NamedTuple):
     data_wait_s: float
 
 
-def train_step(
-    config: TrainConfig,
-    dataset: Dataset,
-    engine: Engine,
-    batches: Iterator[Batch],
-    portions: Split,
-    world: World,
-    null: Mapping[str, Tensor],
-    step: int,
-    lr: float,
-) -> StepResult:
+def train_step(job: Job, batches: Iterator[Batch], step: int) -> StepResult:
     """One optimizer step: this rank's micro-batches forward and backward, then the update.
 
     The gradient is that of the loss summed over the global batch's sound images, divided by `global_batch`: the same
     for every world size and micro-batch.
     """
-    draws = draw_step(config, step, len(dataset.encoders))
-    sums = torch.zeros(3, device=world.device)
+    config, device = job.config, job.world.device
+    draws = draw_step(config, step, len(job.dataset.encoders))
+    scale = job.world.world_size / config.global_batch  # ranks' gradients are averaged
+    sums = torch.zeros(3, device=device)
     waited = 0.0
-    for micro in range(portions.accumulation):
+    for micro in range(job.portions.accumulation):
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
         assert batch.step == step, f"the loader is at step {batch.step}, the trainer at {step}"
-        _report_bad(batch)
-        batch = batch.to(world.device)
-        places = batch.slots.clamp(max=config.global_batch - 1)  # padding has weight 0: any draw will do
-        t, dropped = draws.t[places].to(world.device), draws.dropped[places].to(world.device)
-        text = drop_text(batch.tensors, dataset.encoders, dropped, null)
-        given = assemble(text, context_dim=config.model.context_dim, t5_length=dataset.t5_length)
-        losses = losses_of(engine, batch, t, given)
-        loss = (losses * batch.weight).sum() * (world.world_size / config.global_batch)  # ranks' gradients are averaged
-        engine.backward(loss, last=micro == portions.accumulation - 1)
-        sums += torch.stack(
-            [(losses.detach() * batch.weight).sum(), batch.weight.sum(), batch.weight.new_tensor(len(batch.bad))]
-        )
-    applied = engine.step(lr)
-    return StepResult(total(sums), engine.grad_norm, applied, batch.bucket, waited)
+        _name_bad(batch)
+        batch = batch.to(device)
+        losses = losses_of(job, batch, draws) * batch.weight
+        job.engine.backward(losses.sum() * scale, last=micro == job.portions.accumulation - 1)
+        sums += torch.stack([losses.detach().sum(), batch.weight.sum(), batch.weight.new_tensor(len(batch.bad))])
+    applied = job.engine.step(learning_rate_at(config, step))
+    return StepResult(total(sums), job.engine.grad_norm, applied, batch.bucket, waited)
 
 
-def losses_of(engine: Engine, batch: Batch, t: Tensor, given: Conditioning) -> Tensor:
+def losses_of(job: Job, batch: Batch, draws: Draws) -> Tensor:
     """Loss of each image of a micro-batch, shape (B,)."""
+    places = batch.slots.clamp(max=job.config.global_batch - 1)  # padding has weight 0: any draw will do
+    t, dropped = (drawn[places].to(job.world.device) for drawn in draws)
+    text = drop_text(batch.tensors, job.dataset.encoders, dropped, job.dataset.null)
+    given = assemble(text, context_dim=job.config.model.context_dim, t5_length=job.dataset.t5_length)
     noisy_latents, velocity = interpolate(batch.tensors["latents"].float(), batch.noise, t)
-    predicted = engine(noisy_latents, t, given.context, given.pooled, given.repeats)
+    predicted = job.engine(noisy_latents, t, given.context, given.pooled, given.repeats)
     return velocity_mse(predicted, velocity)
 
 
@@ -359,16 +369,16 @@ def learning_rate_at(config: TrainConfig, step: int) -> float:
     )
 
 
-def step_record(config: TrainConfig, result: StepResult, done: int, lr: float, seconds: float) -> dict[str, Any]:
-    """A step's object in metrics.jsonl."""
+def step_record(config: TrainConfig, result: StepResult, step: int, seconds: float) -> dict[str, Any]:
+    """A step's object in metrics.jsonl; `step` is counted from 0."""
     return {
-        "step": done,
-        "images_seen": done * config.global_batch,
+        "step": step + 1,
+        "images_seen": (step + 1) * config.global_batch,
         "phase": 0,
         "bucket": f"{result.bucket[0]}x{result.bucket[1]}",
         "loss": result.sums[0] / result.sums[1],
         "grad_norm": result.grad_norm,
-        "lr": lr,
+        "lr": learning_rate_at(config, step),
         "applied": result.applied,
         "bad_samples": result.sums[2].int(),
         "images_per_s": config.global_batch / seconds,
@@ -378,15 +388,39 @@ def step_record(config: TrainConfig, result: StepResult, done: int, lr: float, s
     }
 
 
-def save(config: TrainConfig, dataset: Dataset, engine: Engine, world: World, done: int) -> None:
+def report(config: TrainConfig, records: Sequence[Mapping[str, Any]], bar: Progress) -> None:
+    """Show where the run is: on the bar, or as a line where the output is no terminal.
+
+    Raises:
+        UserError: a step had no sound sample, so that the run would go on learning nothing.
+    """
+    for record in records:
+        if record["bad_samples"] >= config.global_batch:
+            raise UserError(
+                f"data.path: every sample of step {record['step']} is damaged; "
+                f"`fmscale index {config.data.path} --verify` names what is"
+            )
+        if not record["applied"]:
+            log.warning("step %d: a gradient was not finite, so nothing was updated", record["step"])
+    last = records[-1]
+    loss = float("nan") if last["loss"] is None else last["loss"]
+    task = bar.tasks[0]
+    bar.update(task.id, completed=last["step"], loss=loss, rate=last["images_per_s"])
+    if bar.disable:
+        left = "" if task.time_remaining is None else f" · {timedelta(seconds=int(task.time_remaining))} left"
+        shown = (last["step"], config.steps, loss, last["images_per_s"], left)
+        log.info("step %d of %d · loss %.4f · %.1f images/s%s", *shown)
+
+
+def save(job: Job, done: int) -> None:
     """Write a checkpoint of the step."""
-    index = dataset.index
+    config, index = job.config, job.dataset.index
     checkpoints.save(
         checkpoints_dir(config.run_dir),
-        engine.pieces(),
+        job.engine.pieces(),
         step=done,
-        updates=engine.updates,
-        shapes=engine.shapes,
+        updates=job.engine.updates,
+        shapes=job.engine.shapes,
         description={
             "images_seen": done * config.global_batch,
             "config": config.model_dump(mode="json"),
@@ -394,21 +428,20 @@ def save(config: TrainConfig, dataset: Dataset, engine: Engine, world: World, do
             "null": config.conditioning.null,
         },
         keep=config.checkpoint.keep,
-        rank=world.rank,
-        world_size=world.world_size,
-        device=world.device,
+        rank=job.world.rank,
+        world_size=job.world.world_size,
+        device=job.world.device,
     )
 
 
-def announce(config: TrainConfig, dataset: Dataset, engine: Engine, portions: Split, start: int) -> None:
+def announce(job: Job, start: int) -> None:
     """Say in four lines what is about to run."""
-    index = dataset.index
+    config, index, portions = job.config, job.dataset.index, job.portions
     padding = portions.world_size * portions.accumulation * portions.micro_batch - portions.global_batch
-    count = sum(torch.Size(shape).numel() for shape in engine.shapes.values())
+    count = sum(torch.Size(shape).numel() for shape in job.engine.shapes.values())
     buckets = ", ".join(f"{bucket.name} ({bucket.count:,})" for bucket in index.buckets)
-    log.info(
-        "model    %s, %s parameters, %s, ZeRO-%d", config.model.family, f"{count:,}", config.engine.dtype, engine.stage
-    )
+    kind = (config.model.family, f"{count:,}", config.engine.dtype, job.engine.stage)
+    log.info("model    %s, %s parameters, %s, ZeRO-%d", *kind)
     log.info("data     %s, %s samples in buckets %s", index.path, f"{len(index):,}", buckets)
     log.info(
         "batch    %d images = %d ranks x %d accumulation x %d micro-batch%s",
@@ -421,7 +454,7 @@ def announce(config: TrainConfig, dataset: Dataset, engine: Engine, portions: Sp
     log.info("run      %s, steps %d to %d", config.run_dir, start, config.steps)
 
 
-def _report_bad(batch: Batch) -> None:
+def _name_bad(batch: Batch) -> None:
     for sample in batch.bad:
         log.warning("bad sample %s in %s has weight 0: %s", sample.key, Path(sample.shard).name, sample.reason)
 

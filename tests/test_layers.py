@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "fmscale"
-LEAVES = {"batch", "distributed", "log", "errors"}
+LEAVES = {"batch", "distributed", "log", "errors", "files"}
 PARTS = {"flow", "models", "encoders", "data", "engine"}
 HEAVY = {
     "deepspeed": {"engine/zero.py"},

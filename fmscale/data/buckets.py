@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from math import log
+from typing import TypeVar
 
 from fmscale.errors import UserError
+
+Item = TypeVar("Item")
 
 
 def make_buckets(resolution_px: int, step_px: int, max_aspect: float) -> list[tuple[int, int]]:
@@ -49,3 +53,20 @@ def assign(height: int, width: int, buckets: Iterable[tuple[int, int]]) -> tuple
         return abs(log(height / width) - log(size[0] / size[1])), -size[0] * size[1]
 
     return min(buckets, key=distance)
+
+
+def grouped(items: Iterable[Item], bucket_of: Callable[[Item], Hashable], size: int) -> Iterator[list[Item]]:
+    """Groups of `size` items of one bucket, as soon as each is full; at the end, what is left in every bucket.
+
+    Args:
+        items: in any order of buckets.
+        bucket_of: which bucket an item is of.
+        size: items in a full group.
+    """
+    waiting: dict[Hashable, list[Item]] = defaultdict(list)
+    for item in items:
+        bucket = bucket_of(item)
+        waiting[bucket].append(item)
+        if len(waiting[bucket]) == size:
+            yield waiting.pop(bucket)
+    yield from waiting.values()

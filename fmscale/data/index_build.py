@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from fmscale.data.index import COLUMNS, DTYPES, FOLDER, VERSION, Index, Layout, Progress, Shard, checksums
 from fmscale.data.order import stable_hash
-from fmscale.data.tar import PICKLES, DamageError, Member, find_tars, sync, walk
+from fmscale.data.tar import PICKLES, DamageError, Member, find_tars, walk
 from fmscale.errors import UserError
+from fmscale.files import sync
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 

@@ -15,8 +15,8 @@ import torch
 import webdataset
 from torch import Tensor
 
-from fmscale.data.tar import sync
 from fmscale.errors import UserError
+from fmscale.files import sync
 
 
 class ShardWriter:

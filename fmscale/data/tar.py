@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -98,12 +97,3 @@ def _check_end(file: BinaryIO, offset: int) -> None:
 def find_tars(folder: Path) -> list[Path]:
     """The archives directly in a folder, sorted by name."""
     return sorted(path for path in folder.glob("*.tar") if path.is_file())
-
-
-def sync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

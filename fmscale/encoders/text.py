@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fmscale.batch import Conditioning
 from fmscale.encoders.clip import PAD_TOKENS, clip_tokenizer, from_open_clip, load_open_clip
-from fmscale.encoders.weights import read_config, sha256, weight_files
+from fmscale.encoders.weights import read_config, weight_files
 from fmscale.errors import UserError
+from fmscale.files import sha256
 
 CLIP_ROLES = ("clip_l", "clip_g")
 ROLES = (*CLIP_ROLES, "t5")
@@ -66,7 +67,7 @@ class TextEncoder:
 
     def identity(self) -> dict[str, Any]:
         """What makes two sets of features the same kind: the shape of the tokens and the digest of the weight files."""
-        return {"max_length": self.max_length, "width": self.model.config.hidden_size, "sha256": sha256(self.files)}
+        return {"max_length": self.max_length, "width": self.model.config.hidden_size, "sha256": sha256(*self.files)}
 
 
 class TextEncoders:

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fmscale.encoders.weights import read_config, sha256, weight_files
+from fmscale.encoders.weights import read_config, weight_files
 from fmscale.errors import UserError
+from fmscale.files import sha256
 
 
 class Vae:
@@ -74,7 +75,7 @@ class Vae:
             "factor": self.factor,
             "scale": self.scaling_factor,
             "shift": self.shift_factor,
-            "sha256": sha256(self._files),
+            "sha256": sha256(*self._files),
         }
 
     def save(self, folder: Path | str) -> None:
@@ -104,7 +105,12 @@ def load_vae(folder: Path | str, device: torch.device | str = "cpu", dtype: torc
         raise UserError(f"{folder}: holds {given}, not AutoencoderKL; give a pipeline's vae folder")
     files = weight_files(folder, "diffusion_pytorch_model")
     model, info = AutoencoderKL.from_pretrained(
-        folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        folder,
+        torch_dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        low_cpu_mem_usage=False,  # True takes another library, and warns where it is missing
+        output_loading_info=True,
     )
     if info["missing_keys"]:
         raise UserError(f"{folder}: the weights lack {info['missing_keys'][0]}; download the model again")

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fmscale.errors import UserError
-
-READ_BYTES = 1 << 20
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -84,13 +80,3 @@ def check_readable(file: Path) -> None:
             pass
     except SafetensorError as error:
         raise UserError(f"{file}: damaged ({error}); download it again") from error
-
-
-def sha256(files: Iterable[Path]) -> str:
-    """Digest of the bytes of `files`, one after another: lower-case hexadecimal."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while piece := stream.read(READ_BYTES):
-                digest.update(piece)
-    return digest.hexdigest()

@@ -9,9 +9,7 @@ A folder that bears its final name is whole: it is written under another name, s
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +23,7 @@ from torch import Tensor
 from fmscale.distributed import any_rank, total
 from fmscale.engine.zero import Piece
 from fmscale.errors import UserError
+from fmscale.files import sha256, sync
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -140,22 +139,8 @@ def _write_partition(path: Path, pieces: Iterable[Piece]) -> tuple[bytes, int, l
             f"{kind}/{piece.name}": tensor.detach().cpu().contiguous() for kind, tensor in piece.tensors.items()
         }
     save_file(tensors, path, metadata={"starts": json.dumps(starts)})
-    _sync(path)
-    return sha256(path), path.stat().st_size, sorted({key.split("/")[0] for key in tensors})
-
-
-def sha256(path: Path) -> bytes:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else _sha256_blocks(file)
-
-
-def _sha256_blocks(file: Any) -> bytes:
-    """`hashlib.file_digest` for Python 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.digest()
+    sync(path)
+    return bytes.fromhex(sha256(path)), path.stat().st_size, sorted({key.split("/")[0] for key in tensors})
 
 
 def _gather_digests(
@@ -168,23 +153,14 @@ def _gather_digests(
     return [(row[:_DIGEST_BYTES].hex(), int.from_bytes(row[_DIGEST_BYTES:], "little")) for row in table]
 
 
-def _sync(path: Path) -> None:
-    """Force a file's or a folder's content to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _publish(temporary: Path, final: Path, index: dict[str, Any]) -> None:
     index_path = temporary / "index.json"
     index_path.write_text(json.dumps(index, indent=1) + "\n")
-    _sync(index_path)
-    _sync(temporary)
+    sync(index_path)
+    sync(temporary)
     shutil.rmtree(final, ignore_errors=True)  # a run that went back behind this step writes it again
     temporary.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _prune(root: Path, keep: int) -> None:
@@ -248,7 +224,7 @@ def verify(checkpoint: Checkpoint, rank: int = 0, world_size: int = 1) -> None:
     """
     for partition in checkpoint.index["partitions"][rank::world_size]:
         file = checkpoint.path / partition["name"]
-        if sha256(file).hex() != partition["sha256"]:
+        if sha256(file) != partition["sha256"]:
             raise UserError(
                 f"{file}: damaged (its checksum differs); remove {checkpoint.path.name} to use an older checkpoint"
             )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from fmscale.files import replace_text
 
 
 class MetricsLog:
@@ -37,10 +38,8 @@ class MetricsLog:
         """Take note of a step; values are numbers, texts, None or scalar tensors."""
         self.records.append(record)
 
-    def flush(self) -> dict[str, Any] | None:
-        """Write what was added since; returns the last record as plain numbers, or None if there was nothing."""
-        if not self.records:
-            return None
+    def flush(self) -> list[dict[str, Any]]:
+        """Write what was added since; returns it as plain numbers."""
         records = [{key: _plain(value) for key, value in record.items()} for record in self.records]
         self.records = []
         with self.path.open("a", encoding="utf-8") as file:
@@ -49,7 +48,7 @@ class MetricsLog:
             for record in records:
                 self._write_scalars(record)
             self.writer.flush()
-        return records[-1]
+        return records
 
     def _write_scalars(self, record: dict[str, Any]) -> None:
         for key, value in record.items():
@@ -79,10 +78,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _truncate(path: Path, first_step: int) -> None:
     """Keep only the lines before `first_step`; the file is replaced whole or not at all."""
-    records = read_metrics(path)
-    kept = [record for record in records if record["step"] < first_step]
-    if not path.is_file():
-        return
-    temporary = path.with_suffix(".writing")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    if path.is_file():
+        kept = [record for record in read_metrics(path) if record["step"] < first_step]
+        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -203,6 +203,7 @@ class Engine:
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring the weights of the forward pass in line with the fp32 pieces, after these were written to."""
+        param: Any
         if self.stage == 3:
             for param in self.params:
                 group, offset, size = self.zero.grad_position[self.zero.get_param_id(param)]

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAULT
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         where = f" at {error.filename}" if error.filename else ""
         return _refuse(args.command, f"the disk is full{where} ({error.strerror}); make room, then run it again")
@@ -268,7 +268,7 @@ COMMANDS = {
     ),
     "sample": Command(
         "prompts -> images, from a run or an exported folder",
-        'fmscale sample quickstart/run --prompt "a handwritten seven" --guidance-scale 3',
+        'fmscale sample quickstart/run --prompt "a handwritten seven" --guidance-scale 4',
         _sample_arguments,
         _sample,
     ),

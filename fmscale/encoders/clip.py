@@ -44,7 +44,7 @@ RENAMED = (
 
 WORD_STD = 1.0
 SPECIAL_STD = 0.3  # of the start and the end token: all captions share them, so the less they weigh the better
-POSITION_STD = 0.2  # places tell less than words
+POSITION_STD = 1.0  # as much as words: who stands above whom is a matter of place
 QUERY_KEY_GAIN = 2.0  # attention that picks words; at 1 it would average all words, and captions would look alike
 
 

@@ -125,14 +125,16 @@ def test_a_vocabulary_that_is_not_clips_is_refused(tmp_path):
         load_text_encoder("clip_g", open_clip="tiny-vocabulary-for-test", checkpoint=tmp_path / "w.safetensors")
 
 
-def test_random_clip_is_set_by_its_seed_and_tells_words_apart(tmp_path):
+def test_random_clip_is_set_by_its_seed_and_tells_words_and_places_apart(tmp_path):
     for name, seed in (("first", 7), ("again", 7), ("other", 8)):
         random_clip(tmp_path / name, width=64, layers=2, heads=4, projection_dim=48, max_length=24, seed=seed)
     first, again, other = (load_text_encoder("clip_l", tmp_path / name) for name in ("first", "again", "other"))
-    captions = ["a handwritten three", "a handwritten five"]
+    captions = ["a handwritten three", "a handwritten five", "three three"]
     features = first.encode(captions)
     torch.testing.assert_close(again.encode(captions), features, atol=0, rtol=0)
     assert not torch.equal(other.encode(captions)["clip_l"], features["clip_l"])
-    assert features["clip_l"].shape == (2, 24, 64)
-    assert F.cosine_similarity(*features["clip_l_pooled"], dim=0) < 0.95
-    assert F.cosine_similarity(*features["clip_l"][:, 3], dim=0) < 0.5
+    assert features["clip_l"].shape == (3, 24, 64)
+    three, five, twice = features["clip_l"]
+    assert F.cosine_similarity(*features["clip_l_pooled"][:2], dim=0) < 0.95
+    assert F.cosine_similarity(three[3], five[3], dim=0) < 0.8
+    assert F.cosine_similarity(twice[1], twice[2], dim=0) < 0.8

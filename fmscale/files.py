@@ -1,0 +1,69 @@
+"""Files and folders that are there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fmscale.errors import UserError
+
+READ_BYTES = 1 << 20
+
+
+def sha256(*files: Path) -> str:
+    """SHA-256 of the bytes of `files`, one after another: lower-case hexadecimal."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while piece := stream.read(READ_BYTES):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader, or a crash, sees the old content or the new one.
+
+    Raises:
+        OSError: it could not be written; the old content is still there.
+    """
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder to write in that takes the name `final` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        UserError: `final` exists already, or the disk fails.
+    """
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise UserError(f"{final} exists already; give another folder, or remove it first")
+    temporary = final.absolute().with_name(f".{final.absolute().name}.writing")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.replace(final)
+    except OSError as error:
+        raise UserError(f"{final}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

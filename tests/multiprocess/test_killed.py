@@ -1,0 +1,59 @@
+"""kill -9 in mid-run, the same command again: the run that was never interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fmscale.config import TrainConfig, dump
+
+STEPS = 60
+SETTINGS = (f"steps={STEPS}", "checkpoint.every_steps=4", "checkpoint.keep=2", "log.every_steps=1", "data.workers=1")
+KILLED_AFTER = (11, 33)  # lines of metrics
+PATIENCE_S = 120
+
+
+def command(config: TrainConfig, nproc: int) -> list[str]:
+    path = config.run_dir.with_suffix(".yaml")
+    path.write_text(dump(config))
+    return [sys.executable, "-m", "fmscale", "train", str(path), "--nproc", str(nproc)]
+
+
+def lines(run_dir: Path) -> int:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+
+
+def run_until_killed(config: TrainConfig, nproc: int, after: int) -> None:
+    """Start a training, and kill all its processes without warning when it has written so many lines."""
+    with (config.run_dir.parent / "output.txt").open("a") as output:
+        process = subprocess.Popen(command(config, nproc), stdout=output, stderr=output, start_new_session=True)
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while lines(config.run_dir) < after:
+            assert process.poll() is None, (config.run_dir.parent / "output.txt").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert lines(config.run_dir) < STEPS
+
+
+def test_a_killed_run_goes_on_to_the_bit(
+    tmp_path: Path, make_config: Callable[..., TrainConfig], losses: Callable[[Path], dict[int, float]]
+) -> None:
+    whole, killed = (make_config(tmp_path / name, *SETTINGS) for name in ("whole", "killed"))
+    subprocess.run(command(whole, 2), check=True, timeout=PATIENCE_S)
+    for after in KILLED_AFTER:
+        run_until_killed(killed, 2, after)
+    subprocess.run(command(killed, 2), check=True, timeout=PATIENCE_S)
+    assert losses(killed.run_dir) == losses(whole.run_dir)
+    assert sorted(path.name for path in (killed.run_dir / "checkpoints").iterdir()) == [
+        f"step-{step:08d}" for step in (STEPS - 4, STEPS)
+    ]

@@ -1,0 +1,185 @@
+"""A checkpoint is whole or absent, says what is wrong with it, and is read by ranges whoever wrote it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fmscale.engine import checkpoint
+from fmscale.engine.checkpoint import Fragments, at_step, find_all, latest, open_checkpoint, restore, save, verify
+from fmscale.engine.zero import Piece
+from fmscale.errors import UserError
+
+SHAPES = {"matrix": (3, 4), "vector": (5,)}
+
+
+def make_pieces(value: float) -> list[Piece]:
+    """All of a model of two parameters whose weights count up from `value`."""
+    return [
+        Piece(name, 0, {"weight": torch.arange(size) + value, "exp_avg": torch.full((size,), value)})
+        for name, size in (("matrix", 12), ("vector", 5))
+    ]
+
+
+def write(root: Path, step: int, keep: int = 9, pieces: list[Piece] | None = None) -> Path:
+    return save(
+        root,
+        make_pieces(float(step)) if pieces is None else pieces,
+        step=step,
+        updates=step,
+        shapes=SHAPES,
+        description={"note": "test"},
+        keep=keep,
+        rank=0,
+        world_size=1,
+        device=torch.device("cpu"),
+    )
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    found = latest(tmp_path)
+    assert found is not None
+    verify(found)
+    assert (found.step, found.index["updates"], found.index["description"]) == (3, 3, {"note": "test"})
+    full = dict(Fragments(found).full("weight"))
+    assert torch.equal(full["matrix"], torch.arange(12.0).reshape(3, 4) + 3)
+    pieces = make_pieces(0.0)
+    restore(found, pieces)
+    assert torch.equal(pieces[1].tensors["exp_avg"], torch.full((5,), 3.0))
+
+
+def test_any_range_is_read_from_the_pieces_of_other_ranks(tmp_path: Path) -> None:
+    """Two ranks wrote: 0 … 6 and 7 … 11 of a parameter."""
+    folder = write(tmp_path, 1, pieces=[Piece("matrix", 0, {"weight": torch.arange(7.0)})])
+    other = write(tmp_path / "other", 1, pieces=[Piece("matrix", 7, {"weight": torch.arange(7.0, 12.0)})])
+    second = next(other.glob("*.safetensors"))
+    second.rename(folder / "second.safetensors")
+    index = json.loads((folder / "index.json").read_text())
+    index["partitions"].append({**index["partitions"][0], "name": "second.safetensors"})
+    index["partitions"][1]["bytes"] = (folder / "second.safetensors").stat().st_size
+    (folder / "index.json").write_text(json.dumps(index))
+    fragments = Fragments(open_checkpoint(folder))
+    for start in range(12):
+        for length in range(1, 13 - start):
+            assert torch.equal(
+                fragments.read("weight", "matrix", start, length), torch.arange(start, start + length).float()
+            )
+    with pytest.raises(UserError, match="weight of matrix is incomplete: 5 of 6"):
+        fragments.read("weight", "matrix", 7, 6)
+    with pytest.raises(UserError, match=r"holds no ema_0\.9 of matrix"):
+        fragments.read("ema_0.9", "matrix", 0, 1)
+
+
+def test_old_ones_go_once_the_new_one_is_whole(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 10):
+        write(tmp_path, step, keep=2)
+    assert [path.name for path in find_all(tmp_path)] == ["step-00000003", "step-00000010"]
+    with pytest.raises(UserError, match="no checkpoint of step 1; there are 3, 10"):
+        at_step(tmp_path, 1)
+
+
+def spoil(file: Path, how: str) -> None:
+    content = file.read_bytes()
+    if how == "flipped bit":
+        file.write_bytes(content[:-3] + bytes([content[-3] ^ 4]) + content[-2:])
+    elif how == "cut short":
+        file.write_bytes(content[:-1])
+    else:
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("flipped bit", "damaged"), ("cut short", "missing or cut short"), ("gone", "missing or cut short")],
+)
+def test_damage_is_named(tmp_path: Path, how: str, said: str) -> None:
+    spoil(next(write(tmp_path, 1).glob("*.safetensors")), how)
+    with pytest.raises(UserError, match=rf"partition-00000-of-00001\.safetensors: {said}"):
+        verify(at_step(tmp_path, 1))
+
+
+def test_an_unreadable_index_is_named(tmp_path: Path) -> None:
+    (write(tmp_path, 1) / "index.json").write_text("{")
+    with pytest.raises(UserError, match="step-00000001: not a readable checkpoint"):
+        latest(tmp_path)
+
+
+def in_a_fork(action: Callable[[], Any]) -> int | None:
+    """Run `action` in a copy of this process; returns its exit code, negative for a signal."""
+    process = multiprocessing.get_context("fork").Process(target=action)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+@pytest.mark.parametrize("moment", ["sync", "rmtree", "rename"])
+def test_kill_9_at_each_point_of_a_save_leaves_whole_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The process dies at its first, second, third … call of what touches the disk."""
+    write(tmp_path, 1)
+    deaths = 0
+    while in_a_fork(functools.partial(die_in_save, tmp_path, moment, deaths)) == -signal.SIGKILL:
+        deaths += 1
+        found = latest(tmp_path)
+        assert found is not None
+        verify(found)
+        assert found.step in (1, 2)
+        assert torch.equal(dict(Fragments(found).full("weight"))["vector"], torch.arange(5) + float(found.step))
+        assert deaths < 50
+    assert deaths >= {"sync": 4, "rmtree": 1, "rename": 1}[moment]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]  # the last save lived, and left no debris
+
+
+def die_in_save(root: Path, moment: str, survived: int) -> None:
+    """Save step 2 over step 1, and die at call number `survived` of a function that touches the disk."""
+    calls = 0
+
+    def mortal(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            if calls == survived:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    if moment == "sync":
+        checkpoint.sync = mortal(checkpoint.sync)
+    elif moment == "rmtree":
+        checkpoint.shutil.rmtree = mortal(checkpoint.shutil.rmtree)
+    else:
+        Path.rename = mortal(Path.rename)  # type: ignore[method-assign]
+    write(root, 2, keep=1)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    code = in_a_fork(functools.partial(save_without_room, tmp_path))
+    assert code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    found = latest(tmp_path)
+    assert found is not None
+    verify(found)
+
+
+def save_without_room(root: Path) -> None:
+    """Save with a limit on the size of files, at which the system refuses to write as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    try:
+        write(root, 2)
+    except UserError as error:
+        os._exit(2 if "could not be written" in str(error) else 3)
+    os._exit(0)

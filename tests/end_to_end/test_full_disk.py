@@ -1,42 +1,48 @@
 """A disk without room: one line, exit code 2, nothing half-written, nothing lost.
 
-The test limits the size of files, at which the system refuses to write as on a full disk.
+The tests limit the size of files, at which the system refuses to write as on a full disk.
 """
 
 from __future__ import annotations
 
 import resource
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from fmscale.cli import main
 from fmscale.config import TrainConfig, dump
 from fmscale.quickstart import write_encoders
 
-
-def fmscale(*argv: object, room_bytes: int = 10**12) -> subprocess.CompletedProcess[str]:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, room_bytes))
-
-    command = [sys.executable, "-m", "fmscale", *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=limit, check=False)
+ROOM_BYTES = 50_000
 
 
-def complaint(result: subprocess.CompletedProcess[str]) -> str:
-    """The last line of a run that was refused for want of room."""
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("fmscale ")
+@contextmanager
+def little_room() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM_BYTES, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """The last line of a command that was refused for want of room."""
+    capsys.readouterr()
+    with little_room():
+        assert main([str(part) for part in argv]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"fmscale {argv[0]}: ")
     assert "File too large" in last
     return last
 
 
-def test_encode_leaves_no_dataset(tmp_path: Path) -> None:
+def test_encode_leaves_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = tmp_path / "images"
     images.mkdir()
     for number in range(40):
@@ -44,13 +50,17 @@ def test_encode_leaves_no_dataset(tmp_path: Path) -> None:
         (images / f"{number}.txt").write_text("gray")
     write_encoders(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
-    complaint(fmscale("encode", tmp_path / "encode.yaml", room_bytes=50_000))
+    complaint(capsys, "encode", tmp_path / "encode.yaml")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_train_leaves_no_checkpoint(tmp_path: Path, make_config: Callable[..., TrainConfig]) -> None:
+def test_train_keeps_its_older_checkpoints(
+    tmp_path: Path, make_config: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "train.yaml"
     path.write_text(dump(make_config(tmp_path / "run")))
-    said = complaint(fmscale("train", path, room_bytes=50_000))
-    assert "step-00000004: the checkpoint could not be written" in said
-    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert main(["train", str(path), "steps=4"]) == 0
+    said = complaint(capsys, "train", path, "steps=8")
+    assert "step-00000008: the checkpoint could not be written" in said
+    assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+    assert main(["train", str(path), "steps=8"]) == 0

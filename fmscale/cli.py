@@ -162,6 +162,7 @@ def _train(args: argparse.Namespace) -> int | None:
     def run(config: object) -> int | None:
         if args.nproc and args.nproc > 1:
             # Say what is wrong once, here, and not once per rank.
+            _program("distributed").check_can_spawn(args.nproc)
             _program("train").check_setup(config, args.nproc, args.allow_config_change)
             return _program("distributed").spawn(_without_nproc(args), args.nproc)
         return _program("train").train(config, allow_changes=args.allow_config_change)

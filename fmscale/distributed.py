@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fmscale.errors import UserError
+
 
 @dataclass(frozen=True)
 class World:
@@ -65,6 +67,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def check_can_spawn(nproc: int) -> None:
+    """Refuse local ranks where they cannot work.
+
+    Raises:
+        UserError: a launcher has started ranks already, or there are fewer GPUs than ranks.
+    """
+    if world_from_environment().world_size > 1:
+        raise UserError("--nproc: this process is one of several that a launcher started; leave --nproc out")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else nproc
+    if nproc > gpus:
+        raise UserError(f"--nproc: {nproc} ranks on a machine of {gpus} GPUs; each rank takes one")
 
 
 def spawn(argv: Sequence[str], nproc: int) -> int:

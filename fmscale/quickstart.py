@@ -23,7 +23,7 @@ from PIL import Image
 
 from fmscale import digits
 from fmscale.config import EncodeConfig, TrainConfig, check
-from fmscale.distributed import spawn, world_from_environment
+from fmscale.distributed import check_can_spawn, spawn, world_from_environment
 from fmscale.encode import encode
 from fmscale.encoders.clip import random_clip
 from fmscale.encoders.vae import load_vae
@@ -63,6 +63,8 @@ def quickstart(out: Path, nproc: int = 1) -> dict[str, Any]:
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty; give another folder with --out, or remove it")
+    if nproc > 1:
+        check_can_spawn(nproc)
     clock = Clock()
     with clock.stage("images"):
         write_images(out / "images")

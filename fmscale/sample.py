@@ -315,15 +315,18 @@ def contact_sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns
         columns: images in a row.
     """
     font = ImageFont.load_default(CAPTION_PX)
-    wrapped = [_wrap(caption, font, image.shape[1]) for image, caption in zip(images, captions, strict=True)]
-    lines = max(text.count("\n") + 1 for text in wrapped)
+    texts = [_wrap(caption, font, image.shape[1]) for image, caption in zip(images, captions, strict=True)]
+    heights = [
+        image.shape[0] + 8 + (text.count("\n") + 1) * (CAPTION_PX + 3)
+        for image, text in zip(images, texts, strict=True)
+    ]
+    row_heights = [max(heights[start : start + columns]) for start in range(0, len(images), columns)]
     cell_width = max(image.shape[1] for image in images) + 8
-    cell_height = max(image.shape[0] for image in images) + 8 + lines * (CAPTION_PX + 3)
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (cell_width * columns, cell_height * rows), "white")
+    sheet = Image.new("RGB", (cell_width * min(columns, len(images)), sum(row_heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    for place, (image, text) in enumerate(zip(images, wrapped, strict=True)):
-        left, top = place % columns * cell_width + 4, place // columns * cell_height + 4
+    for place, (image, text) in enumerate(zip(images, texts, strict=True)):
+        row, column = divmod(place, columns)
+        left, top = column * cell_width + 4, sum(row_heights[:row]) + 4
         sheet.paste(Image.fromarray(image), (left, top))
         draw.multiline_text((left, top + image.shape[0] + 2), text, fill="black", font=font, spacing=2)
     return sheet

@@ -68,6 +68,8 @@ def walk(file: BinaryIO, whole: bool = True) -> Iterator[Member]:
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[Member]:
+    if archive.firstmember is None:  # type: ignore[attr-defined]  # empty: `next` of Python 3.10 would fail on it
+        return
     last = -1
     while (info := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all

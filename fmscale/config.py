@@ -31,11 +31,28 @@ class Section(BaseModel):
     )
 
 
-class DataConfig(Section):
+class MixturePart(Section):
     path: Path
+    """Indexed dataset."""
+    weight: Annotated[float, Field(gt=0)]
+    """Its share of the samples is its weight over the sum of all weights."""
+
+
+class DataConfig(Section):
+    path: Path | None = None
     """Indexed dataset: a folder of latent shards with their index."""
+    mixture: tuple[MixturePart, ...] = ()
+    """Several datasets in place of `path`; each runs over its own epochs."""
+    run: Positive = 1
+    """Neighbouring samples that are drawn together, for storage that reads runs faster; 1 shuffles every sample."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes per rank that read and decode; 0 reads in the training process."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if (self.path is None) == (not self.mixture):
+            raise ValueError("give either `path` (a dataset) or `mixture` (several), not both")
+        return self
 
 
 class ModelConfig(Section):

@@ -11,12 +11,13 @@ from torch import Tensor
 from fmscale.batch import Conditioning
 from fmscale.config import ReflowConfig
 from fmscale.data.buckets import grouped
-from fmscale.data.index import Bucket, Index
+from fmscale.data.index import Index
 from fmscale.data.index_build import build_index
-from fmscale.data.order import Order
+from fmscale.data.mixture import MixedBucket, Mixture
 from fmscale.data.reader import OpenShards, read_sample
 from fmscale.data.shards import ShardWriter
 from fmscale.data.tar import DamageError
+from fmscale.dataset import open_mixture
 from fmscale.distributed import world_from_environment
 from fmscale.encode import STORAGE
 from fmscale.encoders.null import load_null, save_null
@@ -46,10 +47,10 @@ def reflow(config: ReflowConfig) -> Index:
 
     Source: Liu et al. 2022, arXiv:2209.03003, sec. 2.2.
     """
-    run, source = open_run(config.teacher), Index.open(config.data.path)
+    run, source = open_run(config.teacher), open_mixture(config.data)
     with new_folder(config.out) as folder:
         names = [name for name in source.layout if name.removesuffix("_pooled") in ROLES]
-        null = load_null(source.path, names)
+        null = load_null(source.datasets[0].path, names)
         teacher = Teacher(config, run, null)
         with ShardWriter(folder, samples_per_shard=config.shard_samples) as writer, progress() as bar:
             captions = bar.track(read_captions(config, source), total=config.pairs, description="reflow")
@@ -58,7 +59,7 @@ def reflow(config: ReflowConfig) -> Index:
                     meta = {"caption": caption.words, NOISE_KEY: list(caption.noise_key)}
                     writer.write(f"pair{caption.number:09d}", {"latents": latents, **caption.text}, meta)
         save_null(folder, {name: value.to(STORAGE["fp32"]) for name, value in null.items()})
-        build_index(folder, {**(source.made_by or {}), "program": "fmscale reflow", "teacher": teacher.identity()})
+        build_index(folder, {**source.made_by, "program": "fmscale reflow", "teacher": teacher.identity()})
     index = Index.open(config.out)
     log.info("%s: %d pairs", config.out, len(index))
     return index
@@ -76,24 +77,23 @@ class Caption(NamedTuple):
     """
 
     number: int
-    bucket: Bucket
+    bucket: MixedBucket
     text: dict[str, Tensor]
     words: str
     noise_key: tuple[str, int, int]
 
 
-def read_captions(config: ReflowConfig, source: Index) -> Iterator[Caption]:
+def read_captions(config: ReflowConfig, source: Mixture) -> Iterator[Caption]:
     """The captions of `config.pairs` samples, in the order in which training would see them."""
-    order = Order([(bucket.name, bucket.count) for bucket in source.buckets], 1, config.seed)
+    order = source.order(1, config.seed, config.data.run)
     with OpenShards() as shards:
         for number in range(config.pairs):
             plan = order.batch(number)
-            bucket = source.buckets[plan.bucket]
-            row = bucket.start + int(plan.rows[0])
+            bucket, address = source.buckets[plan.bucket], source.addresses(plan)[0]
             try:
-                sample = read_sample(source.location(row), shards)
+                sample = read_sample(source.location(address), shards)
             except DamageError as error:
-                log.warning("skipped %s: %s", source.key(row), error)
+                log.warning("skipped %s: %s", source.key(address), error)
                 continue
             text = {name: value for name, value in sample.tensors.items() if name.removesuffix("_pooled") in ROLES}
             yield Caption(number, bucket, text, sample.meta.get("caption", ""), ("reflow", config.seed, number))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,12 +20,11 @@ from torch import Tensor
 
 from fmscale.batch import Batch
 from fmscale.config import TrainConfig
-from fmscale.data.index import Index
 from fmscale.data.loader import build_loader
-from fmscale.data.order import Order, Split, split
+from fmscale.data.order import Split, split
+from fmscale.dataset import Dataset, open_dataset
 from fmscale.distributed import World, total, world_from_environment
-from fmscale.encoders.null import load_null
-from fmscale.encoders.text import ROLES, assemble
+from fmscale.encoders.text import assemble
 from fmscale.engine import checkpoint as checkpoints
 from fmscale.engine.metrics import MetricsLog
 from fmscale.engine.optim import AdamWEMA, learning_rate, parameter_groups
@@ -44,27 +42,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """What training needs to know of its data beside the samples.
-
-    Attributes:
-        index: where each sample is.
-        encoders: text encoders whose features are stored.
-        t5_length: T5 tokens, or zeros in their place.
-        null: per stored text tensor, what replaces it when its encoder is dropped.
-    """
-
-    index: Index
-    encoders: tuple[str, ...]
-    t5_length: int
-    null: dict[str, Tensor]
-
-    def to(self, device: torch.device) -> Dataset:
-        """The same dataset with its null on `device`."""
-        return replace(self, null={name: value.to(device) for name, value in self.null.items()})
 
 
 class Draws(NamedTuple):
@@ -132,53 +109,6 @@ def check_setup(config: TrainConfig, world_size: int, allow_changes: bool = Fals
     return dataset
 
 
-def open_dataset(config: TrainConfig) -> Dataset:
-    """The dataset of a config, checked against the model that is to learn it."""
-    index = Index.open(config.data.path)
-    shapes = {name: shape for name, (_, shape) in index.layout.items()}
-    _check_latents(config, index, shapes["latents"][0])
-    _check_coupling(config, index)
-    encoders = tuple(role for role in ROLES if role in shapes)
-    if not encoders:
-        raise UserError(
-            f"data.path: {index.path} holds no text features ({', '.join(ROLES)}); make it by `fmscale encode`"
-        )
-    names = [name for name in shapes if name.removesuffix("_pooled") in encoders]
-    if config.conditioning.null == "zeros":
-        null = {name: torch.zeros(shapes[name]) for name in names}
-    else:
-        null = load_null(index.path, names)
-    t5_length = (index.made_by or {}).get("t5_length", 256)
-    check = assemble(
-        {name: value[None] for name, value in null.items()}, context_dim=config.model.context_dim, t5_length=t5_length
-    )
-    if check.pooled.shape[1] != config.model.pooled_dim:
-        raise UserError(
-            f"model.pooled_dim: {config.model.pooled_dim}, the dataset's pooled text has {check.pooled.shape[1]}"
-        )
-    return Dataset(index, encoders, t5_length, null)
-
-
-def _check_latents(config: TrainConfig, index: Index, channels: int) -> None:
-    if channels != config.model.latent_channels:
-        raise UserError(f"model.latent_channels: {config.model.latent_channels}, the dataset's latents have {channels}")
-    limit = config.model.pos_embed_max_size * config.model.patch_size
-    for bucket in index.buckets:
-        if bucket.height % config.model.patch_size or bucket.width % config.model.patch_size:
-            raise UserError(
-                f"model.patch_size: {config.model.patch_size} does not divide the dataset's bucket {bucket.name}"
-            )
-        if max(bucket.height, bucket.width) > limit:
-            raise UserError(
-                f"model.pos_embed_max_size: covers {limit} latent pixels, the dataset has bucket {bucket.name}"
-            )
-
-
-def _check_coupling(config: TrainConfig, index: Index) -> None:
-    if config.flow.coupling == "paired" and (index.made_by or {}).get("program") != "fmscale reflow":
-        raise UserError(f"flow.coupling: `paired` needs a dataset made by `fmscale reflow`, {index.path} is none")
-
-
 def build_engine(config: TrainConfig, device: torch.device, micro_batch: int) -> Engine:
     """The freshly initialised model under ZeRO."""
     torch.manual_seed(config.seed)
@@ -207,12 +137,12 @@ def resume(job: Job) -> int:
     found = checkpoints.latest(checkpoints_dir(job.config.run_dir))
     if found is None:
         return 0
-    index = job.dataset.index
+    mixture = job.dataset.mixture
     trained_on = found.index["description"]["dataset"]["fingerprint"]
-    if trained_on != index.fingerprint:
+    if trained_on != mixture.fingerprint:
         raise UserError(
-            f"data.path: {index.path} is not the dataset of {found.path} "
-            f"(fingerprint {index.fingerprint[:12]}, trained on {trained_on[:12]}); start another run_dir"
+            f"data.path: {mixture.name} is not the dataset of {found.path} "
+            f"(fingerprint {mixture.fingerprint[:12]}, trained on {trained_on[:12]}); start another run_dir"
         )
     checkpoints.verify(found, job.world.rank, job.world.world_size)
     checkpoints.restore(found, job.engine.pieces())
@@ -253,10 +183,10 @@ def loop(job: Job, start: int) -> None:
 
 def batches_of(job: Job, start: int) -> Iterator[Batch]:
     """This rank's micro-batches from step `start` on."""
-    config, index = job.config, job.dataset.index
+    config, mixture = job.config, job.dataset.mixture
     return build_loader(
-        index,
-        Order([(bucket.name, bucket.count) for bucket in index.buckets], config.global_batch, config.seed),
+        mixture,
+        mixture.order(config.global_batch, config.seed, config.data.run),
         job.portions,
         rank=job.world.rank,
         start_step=start,
@@ -398,7 +328,7 @@ def report(config: TrainConfig, records: Sequence[Mapping[str, Any]], bar: Progr
         if record["bad_samples"] >= config.global_batch:
             raise UserError(
                 f"data.path: every sample of step {record['step']} is damaged; "
-                f"`fmscale index {config.data.path} --verify` names what is"
+                "`fmscale index DATASET --verify` names what is"
             )
         if not record["applied"]:
             log.warning("step %d: a gradient was not finite, so nothing was updated", record["step"])
@@ -414,7 +344,7 @@ def report(config: TrainConfig, records: Sequence[Mapping[str, Any]], bar: Progr
 
 def save(job: Job, done: int) -> None:
     """Write a checkpoint of the step."""
-    config, index = job.config, job.dataset.index
+    config, mixture = job.config, job.dataset.mixture
     checkpoints.save(
         checkpoints_dir(config.run_dir),
         job.engine.pieces(),
@@ -424,7 +354,7 @@ def save(job: Job, done: int) -> None:
         description={
             "images_seen": done * config.global_batch,
             "config": config.model_dump(mode="json"),
-            "dataset": {"path": str(index.path), "fingerprint": index.fingerprint, "made_by": index.made_by},
+            "dataset": {"path": mixture.name, "fingerprint": mixture.fingerprint, "made_by": mixture.made_by},
             "null": config.conditioning.null,
         },
         keep=config.checkpoint.keep,
@@ -436,13 +366,13 @@ def save(job: Job, done: int) -> None:
 
 def announce(job: Job, start: int) -> None:
     """Say in four lines what is about to run."""
-    config, index, portions = job.config, job.dataset.index, job.portions
+    config, mixture, portions = job.config, job.dataset.mixture, job.portions
     padding = portions.world_size * portions.accumulation * portions.micro_batch - portions.global_batch
     count = sum(torch.Size(shape).numel() for shape in job.engine.shapes.values())
-    buckets = ", ".join(f"{bucket.name} ({bucket.count:,})" for bucket in index.buckets)
+    buckets = ", ".join(f"{bucket.name} ({bucket.count:,})" for bucket in mixture.buckets)
     kind = (config.model.family, f"{count:,}", config.engine.dtype, job.engine.stage)
     log.info("model    %s, %s parameters, %s, ZeRO-%d", *kind)
-    log.info("data     %s, %s samples in buckets %s", index.path, f"{len(index):,}", buckets)
+    log.info("data     %s, %s samples in buckets %s", mixture.name, f"{len(mixture):,}", buckets)
     log.info(
         "batch    %d images = %d ranks x %d accumulation x %d micro-batch%s",
         config.global_batch,

@@ -148,11 +148,10 @@ class Index:
         )
         return Location(self.path / self.shards[shard].name, offset, length, crc32)
 
-    def blank(self, bucket: Bucket) -> dict[str, Tensor]:
-        """The tensors of a sample of this bucket, all zeros."""
-        size = (bucket.height, bucket.width)
+    def blank(self, height: int, width: int) -> dict[str, Tensor]:
+        """The tensors of a sample of this latent size, all zeros."""
         return {
-            name: torch.zeros(shape + size if name == "latents" else shape, dtype=DTYPES[dtype])
+            name: torch.zeros((*shape, height, width) if name == "latents" else shape, dtype=DTYPES[dtype])
             for name, (dtype, shape) in self.layout.items()
         }
 

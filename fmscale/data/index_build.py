@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmscale.data.index import COLUMNS, DTYPES, FOLDER, VERSION, Index, Layout, Progress, Shard, checksums
-from fmscale.data.order import stable_hash
+from fmscale.data.sequence import stable_hash
 from fmscale.data.tar import PICKLES, DamageError, Member, find_tars, walk
 from fmscale.errors import UserError
 from fmscale.files import sync

@@ -10,7 +10,7 @@ turns among the workers, so their number changes nothing but speed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fmscale.batch import BadSample, Batch
-from fmscale.data.index import Bucket, Index
+from fmscale.data.mixture import Address, MixedBucket, Mixture
 from fmscale.data.order import Order, Split
 from fmscale.data.reader import OpenShards, Sample, read_sample
 from fmscale.data.tar import DamageError
@@ -30,12 +30,12 @@ Noise = Callable[[tuple[int, ...], int, int, dict[str, Any]], Tensor]
 
 
 class WorkItem(NamedTuple):
-    """One micro-batch to make: for each slot a row of the index, or None where the slot is padding."""
+    """One micro-batch to make: for each slot a sample, or None where the slot is padding."""
 
     step: int
-    bucket: Bucket
+    bucket: MixedBucket
     slots: NDArray[Any]
-    rows: tuple[int | None, ...]
+    samples: tuple[Address | None, ...]
 
 
 class Slot(NamedTuple):
@@ -47,7 +47,7 @@ class Slot(NamedTuple):
 
 
 def build_loader(
-    index: Index,
+    mixture: Mixture,
     order: Order,
     split: Split,
     *,
@@ -61,8 +61,8 @@ def build_loader(
     """The batches of one rank, in order: for each step, each of its micro-batches.
 
     Args:
-        index: the dataset.
-        order: made of the index's buckets, in their order.
+        mixture: the datasets.
+        order: from `mixture.order`.
         split: how slots fall to ranks.
         rank: in [0, split.world_size).
         start_step: first step.
@@ -74,15 +74,15 @@ def build_loader(
     Returns:
         `(stop_step - start_step) * split.accumulation` batches.
     """
-    items = partial(work_items, index.buckets, order, split, rank, start_step, stop_step)
+    items = partial(work_items, mixture, order, split, rank, start_step, stop_step)
     pipeline = webdataset.DataPipeline(
-        items, partial(read_samples, index=index), partial(collate, index=index, noise=noise)
+        items, partial(read_samples, mixture=mixture), partial(collate, mixture=mixture, noise=noise)
     )
     return iter(webdataset.WebLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin_memory))
 
 
 def work_items(
-    buckets: Sequence[Bucket], order: Order, split: Split, rank: int, start_step: int, stop_step: int
+    mixture: Mixture, order: Order, split: Split, rank: int, start_step: int, stop_step: int
 ) -> Iterator[WorkItem]:
     """This worker's share of the rank's micro-batches."""
     info = torch.utils.data.get_worker_info()
@@ -90,31 +90,33 @@ def work_items(
     for number in range(worker, (stop_step - start_step) * split.accumulation, workers):
         steps, m = divmod(number, split.accumulation)
         plan = order.batch(start_step + steps)
-        bucket = buckets[plan.bucket]
         slots = split.slots(m, rank)
-        rows = tuple(bucket.start + int(plan.rows[slot]) if slot < len(plan.rows) else None for slot in slots)
-        yield WorkItem(start_step + steps, bucket, slots, rows)
+        addresses = mixture.addresses(plan)
+        samples = tuple(addresses[slot] if slot < len(addresses) else None for slot in slots)
+        yield WorkItem(start_step + steps, mixture.buckets[plan.bucket], slots, samples)
 
 
-def read_samples(items: Iterable[WorkItem], index: Index) -> Iterator[tuple[WorkItem, list[Slot]]]:
+def read_samples(items: Iterable[WorkItem], mixture: Mixture) -> Iterator[tuple[WorkItem, list[Slot]]]:
     """Each item with what its slots hold."""
     with OpenShards() as shards:
         for item in items:
-            yield item, [Slot() if row is None else _read_slot(index, row, shards) for row in item.rows]
+            yield item, [_read_slot(mixture, address, shards) for address in item.samples]
 
 
-def _read_slot(index: Index, row: int, shards: OpenShards) -> Slot:
-    key, location = index.key(row), index.location(row)
+def _read_slot(mixture: Mixture, address: Address | None, shards: OpenShards) -> Slot:
+    if address is None:
+        return Slot()
+    key, location = mixture.key(address), mixture.location(address)
     try:
         return Slot(key, read_sample(location, shards))
     except DamageError as damage:
         return Slot(key, bad=BadSample(key, location.shard.name, str(damage)))
 
 
-def collate(work: Iterable[tuple[WorkItem, list[Slot]]], index: Index, noise: Noise) -> Iterator[Batch]:
+def collate(work: Iterable[tuple[WorkItem, list[Slot]]], mixture: Mixture, noise: Noise) -> Iterator[Batch]:
     """Stack samples to batches; a slot without a sample holds zeros, with weight 0."""
     for item, slots in work:
-        blank = index.blank(item.bucket)
+        blank = mixture.blank(item.bucket)
         shape = tuple(blank["latents"].shape)
         stored = [slot.sample.tensors if slot.sample else blank for slot in slots]
         drawn = [

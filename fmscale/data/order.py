@@ -1,167 +1,106 @@
-"""Which samples a step trains on: a pure function of the bucket sizes, the seed and the step.
+"""Which samples a step trains on: a pure function of the bucket sizes, the weights, the seed and the step.
 
-Each bucket is an endless stream, epoch after epoch of a keyed permutation of its samples; each step uses one bucket.
 Nothing is stored: any step is computed from its number in O(log samples) time and O(global_batch) memory.
 """
 
 from __future__ import annotations
 
-import hashlib
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from math import gcd, isqrt
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from fmscale.data.sequence import Rotation, permute_runs, stable_hash
 from fmscale.errors import UserError
 
-FEISTEL_ROUNDS = 8
-ROUND_STEP = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd: distinct round keys
-
-
-def permute(position: ArrayLike, size: int, key: ArrayLike) -> NDArray[np.int64]:
-    """Send positions through a keyed pseudo-random permutation of `range(size)`, without storing it.
-
-    A balanced Feistel network permutes the smallest square side x side >= size; what falls outside walks on along
-    its cycle until it is inside, which keeps the map one to one.
-
-    Args:
-        position: shape (n,), integers in [0, size).
-        size: number of things permuted, 1 to 2**40.
-        key: which permutation: an integer in [0, 2**64), or one per position, shape (n,).
-
-    Returns:
-        Their images, shape (n,), int64, in [0, size).
-
-    Source: Luby and Rackoff 1988 (Feistel rounds); Black and Rogaway 2002 (cycle walking).
-    """
-    assert 1 <= size <= 2**40, size
-    side = isqrt(size - 1) + 1
-    out = np.array(position, dtype=np.uint64, ndmin=1)
-    keys = np.broadcast_to(np.asarray(key, dtype=np.uint64), out.shape)
-    out = _feistel(out, keys, side)
-    while (outside := np.flatnonzero(out >= size)).size:
-        out[outside] = _feistel(out[outside], keys[outside], side)
-    return out.astype(np.int64)
-
-
-def _feistel(value: NDArray[np.uint64], keys: NDArray[np.uint64], side: int) -> NDArray[np.uint64]:
-    left, right = np.divmod(value, np.uint64(side))
-    for _ in range(FEISTEL_ROUNDS):
-        keys = keys + np.uint64(ROUND_STEP)
-        # reduced before the sum, which must not wrap around 2**64: it would no longer be one to one
-        shift = _mix(right ^ _mix(keys)) % np.uint64(side)
-        left, right = right, (left + shift) % np.uint64(side)
-    return left * np.uint64(side) + right
-
-
-def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble 64 bits. Source: Steele, Lea, Flood 2014, SplitMix64's finaliser."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
-def stable_hash(*parts: int | str) -> int:
-    """A 64-bit number that depends on the parts alone: the same in every process and on every machine."""
-    text = "\0".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def floor_sum(count: int, modulus: int, factor: int, offset: int) -> int:
-    """Sum of floor((factor * i + offset) / modulus) over i in range(count), in O(log modulus).
-
-    Args:
-        count: number of terms, >= 0.
-        modulus: > 0.
-        factor: >= 0.
-        offset: >= 0.
-
-    Source: counting lattice points under a line; each pass swaps the axes, as in Euclid's algorithm.
-    """
-    total = 0
-    while count > 0:
-        total += (factor // modulus) * (count * (count - 1) // 2) + (offset // modulus) * count
-        factor, offset = factor % modulus, offset % modulus
-        count, offset = divmod(factor * count + offset, modulus)
-        modulus, factor = factor, modulus
-    return total
+WEIGHT_UNITS = 1 << 30  # a mixture's weights are kept to nine digits
 
 
 class StepPlan(NamedTuple):
     """What one step trains on.
 
     Attributes:
-        bucket: index into the buckets that the order was made of.
-        rows: positions within that bucket, one per slot of the global batch, shape (global_batch,), int64.
+        bucket: number of the bucket.
+        parts: which dataset each slot's sample is from, shape (global_batch,), int64.
+        rows: its position within that dataset's share of the bucket, shape (global_batch,), int64.
     """
 
     bucket: int
+    parts: NDArray[np.int64]
     rows: NDArray[np.int64]
 
 
 class Order:
-    """The order of samples: step number in, bucket and rows out.
+    """The order of samples: step number in; bucket, datasets and rows out.
 
-    The bucket of a step follows a rotation by about the golden ratio around a circle on which each bucket owns an arc
-    as long as it has samples: uses are spread evenly, and over as many steps as there are samples each bucket is used
-    exactly as often as it has samples.
+    A rotation picks the bucket of each step, another the dataset of each of the bucket's samples; both spread their
+    choices evenly. What a dataset gives to a bucket is an endless stream of its own: epoch after epoch of a permutation
+    under a new key.
 
     Args:
-        buckets: (name, number of samples) of each; names are distinct, numbers positive.
-        global_batch: images per step.
+        buckets: name of each, and how many samples of it each dataset holds; names are distinct, no bucket is empty.
+        global_batch: images per step, at most 2**20.
         seed: any integer.
+        weights: share of each dataset in the samples, > 0; None for shares by size.
+        run: neighbouring samples that stay together, for storage that reads runs faster.
     """
 
-    def __init__(self, buckets: Sequence[tuple[str, int]], global_batch: int, seed: int):
+    def __init__(
+        self,
+        buckets: Sequence[tuple[str, Sequence[int]]],
+        global_batch: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        run: int = 1,
+    ):
         self.names = tuple(name for name, _ in buckets)
-        self.sizes = tuple(size for _, size in buckets)
-        assert min(self.sizes, default=0) > 0, "there must be a bucket, and a sample in each"
+        self.sizes = tuple(tuple(sizes) for _, sizes in buckets)
+        self.global_batch, self.seed, self.run = global_batch, seed, run
+        assert min(map(sum, self.sizes), default=0) > 0, "there must be a bucket, and a sample in each"
         assert len(set(self.names)) == len(self.names), "bucket names must differ"
-        self.global_batch = global_batch
-        self.seed = seed
-        self._ends = tuple(accumulate(self.sizes))
-        self._stride = _stride(self._ends[-1])
-        self._start = stable_hash(seed, "buckets") % self._ends[-1]
+        arcs = self.sizes if weights is None else _weighted(self.sizes, weights)
+        self._buckets = Rotation([sum(parts) for parts in arcs], stable_hash(seed, "buckets"))
+        self._parts = [
+            Rotation(parts, stable_hash(seed, name, "parts")) for name, parts in zip(self.names, arcs, strict=True)
+        ]
 
     def batch(self, step: int) -> StepPlan:
-        """Bucket and rows of a step, whatever steps were asked for before.
+        """Bucket, datasets and rows of a step, whatever steps were asked for before.
 
         Args:
             step: optimizer step, >= 0.
         """
-        bucket = bisect_right(self._ends, (self._stride * step + self._start) % self._ends[-1])
-        return StepPlan(bucket, self._rows(bucket, self._uses_before(step, bucket)))
+        bucket = int(self._buckets.items(step, 1)[0])
+        first = self._buckets.before(step, bucket) * self.global_batch
+        parts = self._parts[bucket].items(first, self.global_batch)
+        rows = np.empty_like(parts)
+        for part in np.unique(parts).tolist():
+            chosen = np.flatnonzero(parts == part)
+            rows[chosen] = self._rows(bucket, part, self._parts[bucket].before(first, part), len(chosen))
+        return StepPlan(bucket, parts, rows)
 
-    def _uses_before(self, step: int, bucket: int) -> int:
-        """How many of the steps 0 .. step-1 used this bucket."""
-        end = self._ends[bucket]
-        return self._hits_below(end, step) - self._hits_below(end - self.sizes[bucket], step)
-
-    def _hits_below(self, bound: int, steps: int) -> int:
-        """Among the first steps, those whose place on the circle is below `bound`: [x mod N < b] = x//N - (x-b)//N."""
-        circle = self._ends[-1]
-        turns = floor_sum(steps, circle, self._stride, self._start)
-        return turns + steps - floor_sum(steps, circle, self._stride, self._start + circle - bound)
-
-    def _rows(self, bucket: int, uses: int) -> NDArray[np.int64]:
-        """Places uses * G .. (uses + 1) * G - 1 of the bucket's stream, with G the global batch."""
-        size = self.sizes[bucket]
-        first_epoch, offset = divmod(uses * self.global_batch, size)  # Python integers: no overflow at any step
-        epochs, offsets = np.divmod(offset + np.arange(self.global_batch), size)
-        keys = [stable_hash(self.seed, self.names[bucket], first_epoch + i) for i in range(int(epochs[-1]) + 1)]
-        return permute(offsets, size, np.array(keys, dtype=np.uint64)[epochs])
+    def _rows(self, bucket: int, part: int, first: int, count: int) -> NDArray[np.int64]:
+        """Places first … first + count - 1 of the stream that a dataset gives to a bucket."""
+        size = self.sizes[bucket][part]
+        first_epoch, offset = divmod(first, size)  # Python integers: no overflow at any step
+        epochs, offsets = np.divmod(offset + np.arange(count), size)
+        keys = [stable_hash(self.seed, self.names[bucket], part, first_epoch + i) for i in range(int(epochs[-1]) + 1)]
+        return permute_runs(offsets, size, np.array(keys, dtype=np.uint64)[epochs], self.run)
 
 
-def _stride(circle: int) -> int:
-    """The number coprime to `circle` that is nearest to circle / golden ratio."""
-    nearest = (isqrt(5 * circle * circle) - circle) // 2
-    candidates = (nearest + sign * distance for distance in range(circle + 1) for sign in (1, -1))
-    return next(number for number in candidates if number > 0 and gcd(number, circle) == 1)
+def _weighted(sizes: Sequence[Sequence[int]], weights: Sequence[float]) -> list[list[int]]:
+    """Arc of each bucket and dataset: the dataset's weight, spread over its buckets as its samples are."""
+    totals = [sum(parts) for parts in zip(*sizes, strict=True)]
+    unit = WEIGHT_UNITS / sum(weights)
+    return [
+        [
+            max(1, round(unit * weight * size / total)) if size else 0
+            for size, total, weight in zip(parts, totals, weights, strict=True)
+        ]
+        for parts in sizes
+    ]
 
 
 @dataclass(frozen=True)

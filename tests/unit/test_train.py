@@ -12,6 +12,8 @@ import torch
 
 from fmscale.config import TrainConfig
 from fmscale.data.index import Index
+from fmscale.data.index_build import build_index
+from fmscale.dataset import open_mixture
 from fmscale.errors import UserError
 from fmscale.train import draw_step, drop_text, train
 
@@ -66,3 +68,29 @@ def test_a_step_without_a_sound_sample_ends_the_run(tmp_path: Path, dataset: Pat
     with pytest.raises(UserError, match=r"data\.path: every sample of step 1 is damaged; `fmscale index .* --verify`"):
         train(make_config(tmp_path / "run", f"data.path={broken}"))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def encode_again(dataset: Path, to: Path, made_by: dict[str, object]) -> Path:
+    """A copy of a dataset, as if the same program had made it with other networks."""
+    shutil.copytree(dataset, to)
+    build_index(to, made_by)
+    return to
+
+
+def test_a_mixture_trains_by_weight(tmp_path: Path, dataset: Path, make_config: Make) -> None:
+    made_by = {"program": "tests", "t5_length": 32}
+    other = encode_again(dataset, tmp_path / "other", made_by)
+    parts = f"data.mixture=[{{path: {dataset}, weight: 1.0}}, {{path: {other}, weight: 3.0}}]"
+    config = make_config(tmp_path / "run", "data.path=null", parts, "steps=2", "global_batch=8", "micro_batch=8")
+    train(config)
+    plan = open_mixture(config.data).order(1000, config.seed).batch(0)
+    assert plan.parts.mean() == pytest.approx(0.75, abs=0.01)
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir()
+
+
+def test_a_mixture_of_other_encoders_is_refused(tmp_path: Path, dataset: Path, make_config: Make) -> None:
+    other = encode_again(dataset, tmp_path / "other", {"program": "tests", "t5_length": 77})
+    parts = f"data.mixture=[{{path: {dataset}, weight: 1.0}}, {{path: {other}, weight: 3.0}}]"
+    with pytest.raises(UserError, match=r"other and .* were not made by the same VAE and text encoders"):
+        train(make_config(tmp_path / "run", "data.path=null", parts))
+    assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ from torch import Tensor
 from fmscale.batch import Batch
 from fmscale.data.index import Index
 from fmscale.data.loader import build_loader
+from fmscale.data.mixture import Mixture
 from fmscale.data.order import Order, split
 
 
@@ -19,13 +20,13 @@ def noise(shape: tuple[int, ...], step: int, slot: int, meta: dict[str, Any]) ->
 
 
 def make_order(index: Index, global_batch: int) -> Order:
-    return Order([(bucket.name, bucket.count) for bucket in index.buckets], global_batch, seed=3)
+    return Mixture([index]).order(global_batch, seed=3)
 
 
 def load(index: Index, global_batch: int = 6, world_size: int = 1, micro_batch: int = 2, start=0, stop=5, workers=0):
     """All ranks' batches, step by step, in the order of their slots."""
     cut = split(global_batch, world_size, micro_batch)
-    run = partial(build_loader, index, make_order(index, global_batch), cut, noise=noise, workers=workers)
+    run = partial(build_loader, Mixture([index]), make_order(index, global_batch), cut, noise=noise, workers=workers)
     ranks = [list(run(rank=rank, start_step=start, stop_step=stop)) for rank in range(world_size)]
     assert all(len(batches) == (stop - start) * cut.accumulation for batches in ranks)
     return [batch for together in zip(*ranks, strict=True) for batch in together]

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmscale.data.order import Order, floor_sum, permute, split, stable_hash
+from fmscale.data.order import Order, split
+from fmscale.data.sequence import Rotation, floor_sum, permute, permute_runs, stable_hash
 from fmscale.errors import UserError
 
 few = settings(max_examples=30, deadline=None)  # a busy machine is slow, not wrong
-BUCKETS = [("8x8", 50), ("8x16", 3), ("16x8", 20)]
+BUCKETS = [("8x8", (50,)), ("8x16", (3,)), ("16x8", (20,))]
 
 
 @few
@@ -63,7 +64,7 @@ def test_floor_sum_equals_the_sum(count: int, modulus: int, factor: int, offset:
 @few
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 2**32))
 def test_each_bucket_is_used_as_often_as_it_has_samples(sizes: list[int], seed: int) -> None:
-    order = Order([(f"{i}", size) for i, size in enumerate(sizes)], 1, seed)
+    order = Order([(f"{i}", (size,)) for i, size in enumerate(sizes)], 1, seed)
     total = sum(sizes)
     for start in (0, 3 * total):
         used = Counter(order.batch(step).bucket for step in range(start, start + total))
@@ -87,7 +88,7 @@ def test_every_sample_comes_once_per_epoch(global_batch: int) -> None:
         assert plan.rows.shape == (global_batch,)
         assert plan.rows.dtype == np.int64
         streams[plan.bucket] += plan.rows.tolist()
-    for (_, size), stream in zip(BUCKETS, streams, strict=True):
+    for (_, (size,)), stream in zip(BUCKETS, streams, strict=True):
         epochs = [stream[at : at + size] for at in range(0, len(stream) - size + 1, size)]
         assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
         assert len(epochs) > 1
@@ -104,7 +105,7 @@ def test_a_step_does_not_depend_on_history() -> None:
 
 
 def test_steps_far_away_cost_no_more() -> None:
-    order = Order([("a", 10**9), ("b", 3 * 10**8)], 8, 1)
+    order = Order([("a", (10**9,)), ("b", (3 * 10**8,))], 8, 1)
     plan, following = order.batch(10**12), order.batch(10**12 + 13 * 10**8)
     assert plan.bucket == following.bucket  # one turn of the circle later
     assert 0 <= plan.rows.min() <= plan.rows.max() < (10**9, 3 * 10**8)[plan.bucket]
@@ -113,9 +114,49 @@ def test_steps_far_away_cost_no_more() -> None:
 
 def test_seed_and_bucket_name_change_the_order() -> None:
     def rows(name: str, seed: int) -> list[int]:
-        return Order([(name, 1000)], 20, seed).batch(0).rows.tolist()
+        return Order([(name, (1000,))], 20, seed).batch(0).rows.tolist()
 
     assert len({tuple(rows("8x8", 0)), tuple(rows("8x8", 1)), tuple(rows("8x16", 0))}) == 3
+
+
+@few
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any), st.integers(0, 10**6), st.integers(0, 10**12))
+def test_a_rotation_counts_what_it_gives(arcs: list[int], start: int, first: int) -> None:
+    rotation = Rotation(arcs, start)
+    items = rotation.items(first, 2 * sum(arcs)).tolist()
+    assert [items.count(arc) for arc in range(len(arcs))] == [2 * length for length in arcs]
+    some = len(items) // 3
+    for arc in range(len(arcs)):
+        assert rotation.before(first + some, arc) - rotation.before(first, arc) == items[:some].count(arc)
+
+
+@few
+@given(st.integers(1, 500), st.integers(1, 40), st.integers(0, 2**64 - 1))
+def test_runs_stay_together(size: int, run: int, key: int) -> None:
+    images = permute_runs(np.arange(size), size, key, run)
+    assert sorted(images) == list(range(size))
+    if size >= run:
+        starts = images[: size - size % run].reshape(-1, run)
+        assert ((starts - starts[:, :1]) % size == np.arange(run)).all()
+
+
+def test_weights_set_the_shares_and_sizes_the_epochs() -> None:
+    """Two datasets, the small one twice as often as the large one: its epochs come round sooner."""
+    order = Order([("8x8", (60, 10)), ("8x16", (0, 5))], 6, 1, weights=(1.0, 2.0))
+    seen: dict[tuple[int, int], list[int]] = {(0, 0): [], (0, 1): [], (1, 1): []}
+    for step in range(900):
+        plan = order.batch(step)
+        for part, row in zip(plan.parts.tolist(), plan.rows.tolist(), strict=True):
+            seen[plan.bucket, part].append(row)
+    total = sum(map(len, seen.values()))
+    assert len(seen[0, 0]) / total == pytest.approx(1 / 3, abs=0.01)
+    assert len(seen[0, 1]) / total == pytest.approx(2 / 3 * 10 / 15, abs=0.01)
+    assert len(seen[1, 1]) / total == pytest.approx(2 / 3 * 5 / 15, abs=0.01)
+    for (bucket, part), stream in seen.items():
+        size = order.sizes[bucket][part]
+        epochs = [stream[at : at + size] for at in range(0, len(stream) - size + 1, size)]
+        assert len(epochs) > 20
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
 
 
 @few

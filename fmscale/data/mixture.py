@@ -1,0 +1,130 @@
+"""Several datasets that are read as one, by weight; one dataset is a mixture of one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fmscale.data.index import Index, Layout, Location
+from fmscale.data.order import Order, StepPlan
+from fmscale.errors import UserError
+
+
+@dataclass(frozen=True)
+class MixedBucket:
+    """The samples of one latent size in all datasets.
+
+    Attributes:
+        height, width: in latent pixels.
+        starts: row of the first of them, per dataset.
+        counts: how many there are, per dataset.
+    """
+
+    height: int
+    width: int
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """For instance `64x96`: height, then width."""
+        return f"{self.height}x{self.width}"
+
+    @property
+    def count(self) -> int:
+        """Samples of all datasets."""
+        return sum(self.counts)
+
+
+class Address(NamedTuple):
+    """A sample of a mixture: the dataset's number, and the row in its index."""
+
+    part: int
+    row: int
+
+
+class Mixture:
+    """Open datasets that store the same tensors.
+
+    Args:
+        datasets: one or more, open.
+        weights: share of each in the samples that are drawn, > 0; None for shares by size.
+
+    Attributes:
+        buckets: of all datasets, by height, then width.
+        layout: dtype and shape of each stored tensor (of `latents`, the channels alone).
+
+    Raises:
+        UserError: two of them store different tensors.
+    """
+
+    def __init__(self, datasets: Sequence[Index], weights: Sequence[float] | None = None):
+        self.datasets = tuple(datasets)
+        self.weights = weights
+        self.layout: Layout = datasets[0].layout
+        for other in datasets[1:]:
+            for name in sorted(self.layout | other.layout):
+                if self.layout.get(name) != other.layout.get(name):
+                    raise UserError(
+                        f"data.mixture: {datasets[0].path} stores {name} as {self.layout.get(name)}, "
+                        f"{other.path} as {other.layout.get(name)}; encode both with one config"
+                    )
+        self.buckets = tuple(self._mixed_buckets())
+
+    def _mixed_buckets(self) -> list[MixedBucket]:
+        by_size = [{(b.height, b.width): b for b in dataset.buckets} for dataset in self.datasets]
+        sizes = sorted({size for buckets in by_size for size in buckets})
+        return [
+            MixedBucket(
+                *size,
+                starts=tuple(buckets[size].start if size in buckets else 0 for buckets in by_size),
+                counts=tuple(buckets[size].count if size in buckets else 0 for buckets in by_size),
+            )
+            for size in sizes
+        ]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.datasets))
+
+    @property
+    def name(self) -> str:
+        """The datasets' folders, in words."""
+        return " + ".join(str(dataset.path) for dataset in self.datasets)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all that is stored in them."""
+        prints = [dataset.fingerprint for dataset in self.datasets]
+        return prints[0] if len(prints) == 1 else hashlib.sha256("\n".join(prints).encode()).hexdigest()
+
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """What made the first of them; empty where nobody wrote it down."""
+        return self.datasets[0].made_by or {}
+
+    def order(self, global_batch: int, seed: int, run: int = 1) -> Order:
+        """The order in which training sees the samples."""
+        sizes = [(bucket.name, bucket.counts) for bucket in self.buckets]
+        return Order(sizes, global_batch, seed, self.weights, run)
+
+    def addresses(self, plan: StepPlan) -> list[Address]:
+        """The samples of a step, one for each slot of the global batch."""
+        starts = self.buckets[plan.bucket].starts
+        pairs = zip(plan.parts.tolist(), plan.rows.tolist(), strict=True)
+        return [Address(part, starts[part] + row) for part, row in pairs]
+
+    def key(self, address: Address) -> str:
+        """The key of a sample."""
+        return self.datasets[address.part].key(address.row)
+
+    def location(self, address: Address) -> Location:
+        """Where a sample's bytes lie."""
+        return self.datasets[address.part].location(address.row)
+
+    def blank(self, bucket: MixedBucket) -> dict[str, Tensor]:
+        """The tensors of a sample of this bucket, all zeros."""
+        return self.datasets[0].blank(bucket.height, bucket.width)

@@ -1,0 +1,106 @@
+"""The data of a config: opened, and checked against the model that is to learn it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmscale.config import DataConfig, TrainConfig
+from fmscale.data.index import Index
+from fmscale.data.mixture import Mixture
+from fmscale.encoders.null import load_null
+from fmscale.encoders.text import ROLES, assemble
+from fmscale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What training needs to know of its data beside the samples.
+
+    Attributes:
+        mixture: where each sample is.
+        encoders: text encoders whose features are stored.
+        t5_length: T5 tokens, or zeros in their place.
+        null: per stored text tensor, what replaces it when its encoder is dropped.
+    """
+
+    mixture: Mixture
+    encoders: tuple[str, ...]
+    t5_length: int
+    null: dict[str, Tensor]
+
+    def to(self, device: torch.device) -> Dataset:
+        """The same dataset with its null on `device`."""
+        return replace(self, null={name: value.to(device) for name, value in self.null.items()})
+
+
+def open_dataset(config: TrainConfig) -> Dataset:
+    """The dataset of a config, checked against the model that is to learn it."""
+    mixture = open_mixture(config.data)
+    shapes = {name: shape for name, (_, shape) in mixture.layout.items()}
+    _check_latents(config, mixture, shapes["latents"][0])
+    _check_coupling(config, mixture)
+    encoders = tuple(role for role in ROLES if role in shapes)
+    if not encoders:
+        raise UserError(
+            f"data.path: {mixture.name} holds no text features ({', '.join(ROLES)}); make it by `fmscale encode`"
+        )
+    names = [name for name in shapes if name.removesuffix("_pooled") in encoders]
+    if config.conditioning.null == "zeros":
+        null = {name: torch.zeros(shapes[name]) for name in names}
+    else:
+        null = load_null(mixture.datasets[0].path, names)
+    t5_length = mixture.made_by.get("t5_length", 256)
+    check = assemble(
+        {name: value[None] for name, value in null.items()}, context_dim=config.model.context_dim, t5_length=t5_length
+    )
+    if check.pooled.shape[1] != config.model.pooled_dim:
+        raise UserError(
+            f"model.pooled_dim: {config.model.pooled_dim}, the dataset's pooled text has {check.pooled.shape[1]}"
+        )
+    return Dataset(mixture, encoders, t5_length, null)
+
+
+def open_mixture(config: DataConfig) -> Mixture:
+    """The datasets that a config names."""
+    if config.path is not None:
+        return Mixture([Index.open(config.path)])
+    datasets = [Index.open(part.path) for part in config.mixture]
+    first, *others = ((dataset.path, _making(dataset)) for dataset in datasets)
+    for path, making in others:
+        if making != first[1]:
+            raise UserError(
+                f"data.mixture: {path} and {first[0]} were not made by the same VAE and text encoders; encode one again"
+            )
+    return Mixture(datasets, [part.weight for part in config.mixture])
+
+
+def _making(dataset: Index) -> dict[str, Any]:
+    """What decides which numbers a dataset holds for an image, whatever paths the frozen networks had."""
+    made_by = dataset.made_by or {}
+    text = {role: made.get("sha256") for role, made in made_by.get("text", {}).items()}
+    vae = {key: value for key, value in made_by.get("vae", {}).items() if key != "path"}
+    return {"vae": vae, "text": text, "t5_length": made_by.get("t5_length")}
+
+
+def _check_latents(config: TrainConfig, mixture: Mixture, channels: int) -> None:
+    if channels != config.model.latent_channels:
+        raise UserError(f"model.latent_channels: {config.model.latent_channels}, the dataset's latents have {channels}")
+    limit = config.model.pos_embed_max_size * config.model.patch_size
+    for bucket in mixture.buckets:
+        if bucket.height % config.model.patch_size or bucket.width % config.model.patch_size:
+            raise UserError(
+                f"model.patch_size: {config.model.patch_size} does not divide the dataset's bucket {bucket.name}"
+            )
+        if max(bucket.height, bucket.width) > limit:
+            raise UserError(
+                f"model.pos_embed_max_size: covers {limit} latent pixels, the dataset has bucket {bucket.name}"
+            )
+
+
+def _check_coupling(config: TrainConfig, mixture: Mixture) -> None:
+    if config.flow.coupling == "paired" and mixture.made_by.get("program") != "fmscale reflow":
+        raise UserError(f"flow.coupling: `paired` needs a dataset made by `fmscale reflow`, {mixture.name} is none")

@@ -141,13 +141,16 @@ def _encode(args: argparse.Namespace) -> int | None:
 
 def _index_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DATASET", help="folder of latent shards")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--verify", action="store_true", help="read every byte and name what is damaged; exit code 2 then"
     )
+    what.add_argument("--repair", action="store_true", help="write an index that leaves out what is damaged")
 
 
 def _index(args: argparse.Namespace) -> int | None:
-    return _program("encode").index(_path(args.dataset), args.verify)
+    action = "verify" if args.verify else "repair" if args.repair else "index"
+    return _program("encode").index(_path(args.dataset), action)
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from fmscale.config import EncodeConfig
 from fmscale.data.buckets import assign, grouped, make_buckets
 from fmscale.data.images import ImageError, SourceImage, fit, load_image, read_images, was_squared
 from fmscale.data.index import Index, verify
-from fmscale.data.index_build import build_index
+from fmscale.data.index_build import build_index, repair_index
 from fmscale.data.shards import ShardWriter
 from fmscale.distributed import world_from_environment
 from fmscale.encoders.null import save_null
@@ -216,32 +216,36 @@ def _tally(failures: list[dict[str, str]]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in Counter(f["reason"] for f in failures).most_common(5))
 
 
-def index(dataset: Path, check: bool) -> int:
+def index(dataset: Path, action: str) -> int:
     """Index a folder of tars, or check an indexed one byte for byte.
 
     Args:
         dataset: folder of latent shards.
-        check: read every byte and list what is damaged instead of writing an index.
+        action: `index`; `verify`, which lists what is damaged; `repair`, which writes an index without it.
 
     Returns:
-        Exit code: 0, or 2 where something is damaged.
+        Exit code: 0, or 2 where `verify` found damage.
     """
+    bad: list[BadSample] = []
     with progress() as bar:
-        task = bar.add_task("verify" if check else "index", total=None)
+        task = bar.add_task(action, total=None)
 
         def report(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        if check:
+        if action == "verify":
             opened = Index.open(dataset, check_shards=False)
             bad = verify(opened, report)
+        elif action == "repair":
+            opened, bad = repair_index(dataset, report)
         else:
-            opened, bad = build_index(dataset, _made_by(dataset), report), []
+            opened = build_index(dataset, _made_by(dataset), report)
     for sample in bad:
         print(f"{sample.shard}: {sample.key or '(the shard itself)'}: {sample.reason}")
     sizes = ", ".join(f"{bucket.name} ({bucket.count:,})" for bucket in opened.buckets)
-    print(f"{dataset}: {len(opened):,} samples in {len(opened.shards):,} shards, buckets {sizes}, {len(bad)} damaged")
-    return 2 if bad else 0
+    ending = "left out" if action == "repair" else "damaged"
+    print(f"{dataset}: {len(opened):,} samples in {len(opened.shards):,} shards, buckets {sizes}, {len(bad)} {ending}")
+    return 2 if bad and action == "verify" else 0
 
 
 def _made_by(dataset: Path) -> dict[str, Any] | None:

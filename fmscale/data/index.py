@@ -192,44 +192,77 @@ def _open_column(folder: Path, name: str) -> NDArray[Any]:
     return column
 
 
-def verify(index: Index, progress: Progress | None = None) -> list[BadSample]:
-    """Read every byte of the dataset and list what differs from the index.
+class ShardCheck(NamedTuple):
+    """A shard compared with the index.
+
+    Attributes:
+        shard: as the index has it.
+        rows: of its samples, in the order of their bytes.
+        bad: reason by row, for the samples that differ.
+        now: the shard as it is, or None where it cannot be read.
+        reason: what is wrong with the shard besides its samples; empty where nothing is.
+    """
+
+    shard: Shard
+    rows: NDArray[np.int64]
+    bad: dict[int, str]
+    now: Shard | None
+    reason: str
+
+
+def check_shards(index: Index, progress: Progress | None = None) -> Iterator[ShardCheck]:
+    """Read every byte of the dataset and compare it with the index.
 
     Args:
         index: opened with `check_shards=False` to have missing and cut shards listed too.
         progress: told (bytes done, bytes in all) after each shard.
-
-    Returns:
-        One entry per damaged sample; an entry with an empty key stands for a shard that is missing, or that differs
-        outside its samples.
     """
-    bad: list[BadSample] = []
     total_bytes, done_bytes = sum(shard.size for shard in index.shards), 0
     for shard, rows in index.rows_by_shard():
-        bad += _verify_shard(index, shard, rows)
+        yield _check_shard(index, shard, rows)
         done_bytes += shard.size
         if progress:
             progress(done_bytes, total_bytes)
-    return bad
 
 
-def _verify_shard(index: Index, shard: Shard, rows: NDArray[np.int64]) -> list[BadSample]:
+def _check_shard(index: Index, shard: Shard, rows: NDArray[np.int64]) -> ShardCheck:
     places = [index.location(row) for row in rows]
     try:
         with (index.path / shard.name).open("rb") as file:
             crcs, sha256 = checksums(file, [(place.offset, place.length) for place in places])
             size = file.tell()
     except OSError as error:
-        return [BadSample("", shard.name, f"cannot be read: {error.strerror}")]
-    bad = []
-    for row, place, crc in zip(rows, places, crcs, strict=True):
+        reason = f"cannot be read: {error.strerror}"
+        return ShardCheck(shard, rows, dict.fromkeys(rows.tolist(), f"its shard {reason}"), None, reason)
+    bad = {}
+    for row, place, crc in zip(rows.tolist(), places, crcs, strict=True):
         if place.offset + place.length > size:
-            bad.append(BadSample(index.key(row), shard.name, f"the shard ends at byte {size}, before the sample does"))
+            bad[row] = f"the shard ends at byte {size}, before the sample does"
         elif crc != place.crc32:
-            bad.append(BadSample(index.key(row), shard.name, "its bytes have changed since it was indexed"))
-    if not bad and sha256 != shard.sha256:
-        bad.append(BadSample("", shard.name, "bytes outside its samples have changed since it was indexed"))
-    return bad
+            bad[row] = "its bytes have changed since it was indexed"
+    outside = not bad and sha256 != shard.sha256
+    reason = "bytes outside its samples have changed since it was indexed" if outside else ""
+    return ShardCheck(shard, rows, bad, Shard(shard.name, size, sha256, len(rows) - len(bad)), reason)
+
+
+def verify(index: Index, progress: Progress | None = None) -> list[BadSample]:
+    """List what differs from the index, having read every byte.
+
+    Args:
+        index, progress: as for `check_shards`.
+
+    Returns:
+        One entry per damaged sample; an entry with an empty key stands for a shard that is missing, or that differs
+        outside its samples.
+    """
+    return [bad for check in check_shards(index, progress) for bad in bad_samples(index, check)]
+
+
+def bad_samples(index: Index, check: ShardCheck) -> list[BadSample]:
+    """What is wrong with a shard, as `verify` lists it."""
+    if check.reason:
+        return [BadSample("", check.shard.name, check.reason)]
+    return [BadSample(index.key(row), check.shard.name, reason) for row, reason in check.bad.items()]
 
 
 def checksums(file: BinaryIO, ranges: Sequence[tuple[int, int]]) -> tuple[list[int], str]:

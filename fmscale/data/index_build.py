@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -16,7 +17,21 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fmscale.data.index import COLUMNS, DTYPES, FOLDER, VERSION, Index, Layout, Progress, Shard, checksums
+from fmscale.batch import BadSample
+from fmscale.data.index import (
+    COLUMNS,
+    DTYPES,
+    FOLDER,
+    VERSION,
+    Index,
+    Layout,
+    Progress,
+    Shard,
+    ShardCheck,
+    bad_samples,
+    check_shards,
+    checksums,
+)
 from fmscale.data.sequence import stable_hash
 from fmscale.data.tar import PICKLES, DamageError, Member, find_tars, walk
 from fmscale.errors import UserError
@@ -63,7 +78,45 @@ def build_index(path: str | Path, made_by: dict[str, Any] | None, progress: Prog
     if not tars:
         raise UserError(f"{path} holds no *.tar: give the folder that holds the dataset's tars")
     scans = _scan_all(tars, progress)
-    layout = _common_layout(path, scans)
+    return _replace_index(path, scans, _common_layout(path, scans), made_by)
+
+
+def repair_index(path: str | Path, progress: Progress | None = None) -> tuple[Index, list[BadSample]]:
+    """Read every byte of an indexed dataset, and write an index that leaves out what is damaged.
+
+    Args:
+        path: the dataset's folder; its tars stay as they are.
+        progress: told (bytes done, bytes in all) after each shard.
+
+    Returns:
+        The new index, and what it leaves out.
+
+    Raises:
+        UserError: there is no index, or nothing sound would be left.
+    """
+    index = Index.open(path, check_shards=False)
+    checks = list(check_shards(index, progress))
+    scans = [_sound_part(index, check) for check in checks if check.now]
+    if not any(scan.shard.samples for scan in scans):
+        raise UserError(f"{path}: not one sample is sound; make the dataset again")
+    left_out = [bad for check in checks for bad in bad_samples(index, check)]
+    return _replace_index(index.path, scans, index.layout, index.made_by), left_out
+
+
+def _sound_part(index: Index, check: ShardCheck) -> _Scan:
+    """What the index says of a shard, without its damaged samples."""
+    assert check.now is not None
+    starts = [bucket.start for bucket in index.buckets]
+    rows, crcs = [], []
+    for number in check.rows.tolist():
+        if number not in check.bad:
+            place, bucket = index.location(number), index.buckets[bisect_right(starts, number) - 1]
+            rows.append(_Row(index.key(number), place.offset, place.length, bucket.height, bucket.width))
+            crcs.append(place.crc32)
+    return _scan(check.now, index.layout, rows, crcs)
+
+
+def _replace_index(path: Path, scans: Sequence[_Scan], layout: Layout, made_by: dict[str, Any] | None) -> Index:
     temporary = path / f"{FOLDER}.tmp-{os.getpid()}"
     try:
         _write(temporary, scans, layout, made_by)
@@ -95,6 +148,10 @@ def _scan_shard(path: Path) -> _Scan:
             crcs, sha256 = checksums(file, [(row.offset, row.length) for row in rows])
     except (DamageError, OSError) as error:
         raise UserError(f"{path} cannot be indexed: {error}") from error
+    return _scan(Shard(path.name, path.stat().st_size, sha256, len(rows)), layout, rows, crcs)
+
+
+def _scan(shard: Shard, layout: Layout | None, rows: Sequence[_Row], crcs: Sequence[int]) -> _Scan:
     keys = [row.key.encode() for row in rows]
     columns = {
         "offset": np.array([row.offset for row in rows], dtype="i8"),
@@ -104,7 +161,7 @@ def _scan_shard(path: Path) -> _Scan:
         "crc32": np.array(crcs, dtype="u4"),
         "key_bytes": np.array([len(key) for key in keys], dtype="i8"),
     }
-    return _Scan(Shard(path.name, path.stat().st_size, sha256, len(rows)), layout, columns, b"".join(keys))
+    return _Scan(shard, layout, columns, b"".join(keys))
 
 
 def _scan_samples(file: BinaryIO) -> tuple[list[_Row], Layout | None]:

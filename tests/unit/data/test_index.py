@@ -13,7 +13,7 @@ import torch
 
 from fmscale.batch import BadSample
 from fmscale.data.index import Index, verify
-from fmscale.data.index_build import build_index
+from fmscale.data.index_build import build_index, repair_index
 from fmscale.errors import UserError
 
 
@@ -194,3 +194,28 @@ def test_verify_names_missing_shards_and_bytes_outside_samples(index: Index) -> 
         BadSample("", "4x8-00001.tar", "cannot be read: No such file or directory"),
         BadSample("", "8x8-00000.tar", "bytes outside its samples have changed since it was indexed"),
     ]
+
+
+def test_repair_leaves_out_what_is_damaged_and_nothing_else(index: Index) -> None:
+    spoiled, lost = index.location(3), index.shards[-1]
+    with spoiled.shard.open("r+b") as file:
+        file.seek(spoiled.offset + 600)
+        file.write(b"other bytes")
+    (index.path / lost.name).unlink()
+    gone = {index.key(3)} | {index.key(row) for row in range(len(index)) if index.location(row).shard.name == lost.name}
+    kept = {index.key(row): index.location(row) for row in range(len(index)) if index.key(row) not in gone}
+    repaired, left_out = repair_index(index.path)
+    assert {repaired.key(row): repaired.location(row) for row in range(len(repaired))} == kept
+    assert sum(bucket.count for bucket in repaired.buckets) == len(kept)
+    assert [(bad.key, bad.shard) for bad in left_out] == [(index.key(3), spoiled.shard.name), ("", lost.name)]
+    assert verify(Index.open(index.path)) == []
+    assert repaired.made_by == index.made_by
+    assert repair_index(index.path)[1] == []
+
+
+def test_nothing_is_left_to_repair(index: Index) -> None:
+    for shard in index.path.glob("*.tar"):
+        shard.unlink()
+    with pytest.raises(UserError, match="not one sample is sound"):
+        repair_index(index.path)
+    assert len(Index.open(index.path, check_shards=False)) == len(index)

@@ -45,6 +45,8 @@ class DataConfig(Section):
     """Several datasets in place of `path`; each runs over its own epochs."""
     run: Positive = 1
     """Neighbouring samples that are drawn together, for storage that reads runs faster; 1 shuffles every sample."""
+    max_bad_fraction: Fraction = 0.01
+    """The run stops when a larger share of the images it drew was damaged; checked from 1,000 images on."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes per rank that read and decode; 0 reads in the training process."""
 

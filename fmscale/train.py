@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,10 +24,10 @@ from fmscale.config import TrainConfig
 from fmscale.data.loader import build_loader
 from fmscale.data.order import Split, split
 from fmscale.dataset import Dataset, open_dataset
-from fmscale.distributed import World, total, world_from_environment
+from fmscale.distributed import World, barrier, total, world_from_environment
 from fmscale.encoders.text import assemble
 from fmscale.engine import checkpoint as checkpoints
-from fmscale.engine.metrics import MetricsLog
+from fmscale.engine.metrics import MetricsLog, append, keep_before
 from fmscale.engine.optim import AdamWEMA, learning_rate, parameter_groups
 from fmscale.engine.zero import Engine, deepspeed_config, init_process_group
 from fmscale.errors import UserError
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 log = get_logger(__name__)
+BAD_SAMPLES = "bad_samples.jsonl"  # in the run directory: step, key, shard and reason of each
+BAD_FROM_IMAGES = 1000  # so that one bad sample in the first batch does not end a run
 
 
 class Draws(NamedTuple):
@@ -159,7 +162,11 @@ def loop(job: Job, start: int) -> None:
         log.info("nothing to do: %d of %d steps are done; raise `steps` to train on", start, config.steps)
         return
     announce(job, start)
+    if job.world.is_main:
+        keep_before(config.run_dir / BAD_SAMPLES, start + 1)
+    barrier()  # only then may ranks add to that file
     batches = batches_of(job, start)
+    bad = torch.zeros((), device=job.world.device)
     metrics = MetricsLog(config.run_dir, start + 1, config.log.tensorboard) if job.world.is_main else None
     with progress("loss {task.fields[loss]:.4f} · {task.fields[rate]:.1f} images/s") as bar:
         bar.add_task("train", total=config.steps, completed=start, loss=float("nan"), rate=0.0)
@@ -167,11 +174,15 @@ def loop(job: Job, start: int) -> None:
             began = time.perf_counter()
             result = train_step(job, batches, step)
             done = step + 1
+            bad += result.sums[2]
             saving = done == config.steps or done % config.checkpoint.every_steps == 0
+            logging = saving or done % config.log.every_steps == 0
             if metrics is not None:
                 metrics.add(**step_record(config, result, step, time.perf_counter() - began))
-                if saving or done % config.log.every_steps == 0:
+                if logging:
                     report(config, metrics.flush(), bar)
+            if logging:
+                check_damage(config, int(bad), (done - start) * config.global_batch)
             if saving:
                 save(job, done)
     if metrics is not None:
@@ -246,7 +257,7 @@ def train_step(job: Job, batches: Iterator[Batch], step: int) -> StepResult:
         batch = next(batches)
         waited += time.perf_counter() - asked
         assert batch.step == step, f"the loader is at step {batch.step}, the trainer at {step}"
-        _name_bad(batch)
+        _name_bad(config.run_dir, batch)
         batch = batch.to(device)
         losses = losses_of(job, batch, draws) * batch.weight
         job.engine.backward(losses.sum() * scale, last=micro == job.portions.accumulation - 1)
@@ -319,17 +330,8 @@ def step_record(config: TrainConfig, result: StepResult, step: int, seconds: flo
 
 
 def report(config: TrainConfig, records: Sequence[Mapping[str, Any]], bar: Progress) -> None:
-    """Show where the run is: on the bar, or as a line where the output is no terminal.
-
-    Raises:
-        UserError: a step had no sound sample, so that the run would go on learning nothing.
-    """
+    """Show where the run is: on the bar, or as a line where the output is no terminal."""
     for record in records:
-        if record["bad_samples"] >= config.global_batch:
-            raise UserError(
-                f"data.path: every sample of step {record['step']} is damaged; "
-                "`fmscale index DATASET --verify` names what is"
-            )
         if not record["applied"]:
             log.warning("step %d: a gradient was not finite, so nothing was updated", record["step"])
     last = records[-1]
@@ -340,6 +342,25 @@ def report(config: TrainConfig, records: Sequence[Mapping[str, Any]], bar: Progr
         left = "" if task.time_remaining is None else f" · {timedelta(seconds=int(task.time_remaining))} left"
         shown = (last["step"], config.steps, loss, last["images_per_s"], left)
         log.info("step %d of %d · loss %.4f · %.1f images/s%s", *shown)
+
+
+def check_damage(config: TrainConfig, bad: int, drawn: int) -> None:
+    """Stop, on every rank alike, where the data is worse than the config allows.
+
+    Args:
+        config: says how much is allowed.
+        bad: images drawn since the start that were damaged.
+        drawn: images drawn since the start.
+
+    Raises:
+        UserError: more were damaged than is allowed, or all.
+    """
+    if bad > config.data.max_bad_fraction * max(drawn, BAD_FROM_IMAGES) or bad == drawn:
+        raise UserError(
+            f"data.max_bad_fraction: {bad:,} of {drawn:,} images were damaged, allowed are "
+            f"{config.data.max_bad_fraction:.1%}; {config.run_dir / BAD_SAMPLES} lists them, "
+            "`fmscale index DATASET --repair` leaves them out"
+        )
 
 
 def save(job: Job, done: int) -> None:
@@ -384,9 +405,12 @@ def announce(job: Job, start: int) -> None:
     log.info("run      %s, steps %d to %d", config.run_dir, start, config.steps)
 
 
-def _name_bad(batch: Batch) -> None:
+def _name_bad(run_dir: Path, batch: Batch) -> None:
+    """Name the damaged samples of a micro-batch, in the log and in the run's list."""
     for sample in batch.bad:
         log.warning("bad sample %s in %s has weight 0: %s", sample.key, Path(sample.shard).name, sample.reason)
+    if batch.bad:
+        append(run_dir / BAD_SAMPLES, [{"step": batch.step + 1, **asdict(sample)} for sample in batch.bad])
 
 
 def _device_names(world: World) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, first_step: int, tensorboard: bool) -> None:
         self.path = run_dir / "metrics.jsonl"
         self.records: list[dict[str, Any]] = []
-        _truncate(self.path, first_step)
+        keep_before(self.path, first_step)
         self.writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -76,8 +78,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]  # what follows the last line break is not whole
 
 
-def _truncate(path: Path, first_step: int) -> None:
-    """Keep only the lines before `first_step`; the file is replaced whole or not at all."""
+def keep_before(path: Path, first_step: int) -> None:
+    """Keep only a file's lines before `first_step`; the file is replaced whole or not at all."""
     if path.is_file():
         kept = [record for record in read_metrics(path) if record["step"] < first_step]
         replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines to a file that other ranks add lines to as well, each line in one write."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        for record in records:
+            os.write(descriptor, (json.dumps(record) + "\n").encode())
+    finally:
+        os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from fmscale.config import TrainConfig
 from fmscale.data.index import Index
 from fmscale.data.index_build import build_index
 from fmscale.dataset import open_mixture
+from fmscale.engine.metrics import read_metrics
 from fmscale.errors import UserError
 from fmscale.train import draw_step, drop_text, train
 
@@ -57,17 +57,29 @@ def test_damaged_samples_are_named_counted_and_weigh_nothing(
     tmp_path: Path, dataset: Path, make_config: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = damage(dataset, tmp_path / "broken", share=0.2)
-    train(make_config(tmp_path / "run", f"data.path={broken}"))
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert sum(record["bad_samples"] for record in records) == caplog.text.count("bad sample s") > 0
+    overrides = (f"data.path={broken}", "data.max_bad_fraction=0.5")
+    train(make_config(tmp_path / "run", *overrides))
+    records, listed = (read_metrics(tmp_path / "run" / name) for name in ("metrics.jsonl", "bad_samples.jsonl"))
+    assert sum(record["bad_samples"] for record in records) == caplog.text.count("bad sample s") == len(listed) > 0
+    assert {entry["key"] for entry in listed} <= {f"s{number:05d}" for number in range(120)}
+    assert all("changed since it was indexed" in entry["reason"] for entry in listed)
     assert all(0 < record["loss"] < 10 for record in records)
 
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")
+    train(make_config(tmp_path / "run", *overrides))  # from step 4 on: nothing is listed twice
+    assert read_metrics(tmp_path / "run" / "bad_samples.jsonl") == listed
 
-def test_a_step_without_a_sound_sample_ends_the_run(tmp_path: Path, dataset: Path, make_config: Make) -> None:
-    broken = damage(dataset, tmp_path / "broken", share=1.0)
-    with pytest.raises(UserError, match=r"data\.path: every sample of step 1 is damaged; `fmscale index .* --verify`"):
-        train(make_config(tmp_path / "run", f"data.path={broken}"))
+
+@pytest.mark.parametrize(("share", "said"), [(1.0, "32 of 32 images"), (0.3, r"\d+ of [\d,]+ images")])
+def test_too_much_damage_ends_the_run(
+    tmp_path: Path, dataset: Path, make_config: Make, share: float, said: str
+) -> None:
+    broken = damage(dataset, tmp_path / "broken", share)
+    settings = (f"data.path={broken}", "log.every_steps=1", "steps=60", "checkpoint.every_steps=60")
+    with pytest.raises(UserError, match=rf"data\.max_bad_fraction: {said} were damaged, allowed are 1\.0%"):
+        train(make_config(tmp_path / "run", *settings))
     assert not (tmp_path / "run" / "checkpoints").exists()
+    assert len(read_metrics(tmp_path / "run" / "bad_samples.jsonl")) > 10
 
 
 def encode_again(dataset: Path, to: Path, made_by: dict[str, object]) -> Path:

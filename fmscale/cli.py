@@ -64,6 +64,12 @@ def main(argv: Sequence[str]) -> int:
             raise
         where = f" at {error.filename}" if error.filename else ""
         return _refuse(args.command, f"the disk is full{where} ({error.strerror}); make room, then run it again")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        said = f"a process that reads the data has died ({error}); started again, the run goes on from its checkpoint"
+        print(f"fmscale {args.command}: {said}", file=sys.stderr)
+        return FAULT
     except KeyboardInterrupt:
         print(f"fmscale {args.command}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 from fmscale import __version__
 from fmscale.errors import UserError
 
+_PATH_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 DONE, FAULT, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -49,10 +51,10 @@ def main(argv: Sequence[str]) -> int:
     command = COMMANDS[argv[0]]
     args = _parser(argv[0], command).parse_intermixed_args(argv[1:])
     args.command = argv[0]
-    from fmscale import log
-
-    log.setup()
     try:
+        from fmscale import log
+
+        log.setup()
         return command.run(args) or DONE
     except UserError as error:
         return _refuse(args.command, str(error))
@@ -60,10 +62,12 @@ def main(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAULT
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        where = f" at {error.filename}" if error.filename else ""
-        return _refuse(args.command, f"the disk is full{where} ({error.strerror}); make room, then run it again")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            where = f" at {error.filename}" if error.filename else ""
+            return _refuse(args.command, f"the disk is full{where} ({error.strerror}); make room, then run it again")
+        if isinstance(error, _PATH_ERRORS) and error.filename:
+            return _refuse(args.command, f"{error.filename}: {error.strerror}")
+        raise
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -76,8 +80,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _refuse(command: str, why: str) -> int:
-    rank = os.environ.get("RANK", "0")
-    print(f"fmscale {command}: {'' if rank == '0' else f'rank {rank}: '}{why}", file=sys.stderr)
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+    line = " ".join(why.split("\n"))
+    print(f"fmscale {command}: {'' if rank == '0' else f'rank {rank}: '}{line}", file=sys.stderr)
     return MISTAKE
 
 
@@ -116,8 +121,8 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print-schema", action="store_true", help="print the JSON schema for editors and stop")
 
 
-def _with_config(args: argparse.Namespace, run: Callable[[object], int | None]) -> int | None:
-    """Load the config that the command line names and hand it on, or print what was asked for."""
+def _with_config(args: argparse.Namespace, run: Callable[[Any], object]) -> int:
+    """Load the config that the command line names and hand it on, or print what was asked for; returns exit code 0."""
     from fmscale import config
 
     if args.print_schema:
@@ -129,7 +134,8 @@ def _with_config(args: argparse.Namespace, run: Callable[[object], int | None]) 
     if args.print_config:
         print(config.dump(loaded), end="")
         return DONE
-    return run(loaded)
+    code = run(loaded)
+    return code if isinstance(code, int) else DONE
 
 
 def _quickstart_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,8 +147,8 @@ def _quickstart(args: argparse.Namespace) -> None:
     _program("quickstart").quickstart(_path(args.out), args.nproc)
 
 
-def _encode(args: argparse.Namespace) -> int | None:
-    return _with_config(args, lambda config: _program("encode").encode(config))
+def _encode(args: argparse.Namespace) -> int:
+    return _with_config(args, _program("encode").encode)
 
 
 def _index_arguments(parser: argparse.ArgumentParser) -> None:
@@ -196,15 +202,15 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=_positive, metavar="PX", help="(the model's base resolution)")
     parser.add_argument("--width", type=_positive, metavar="PX")
     parser.add_argument("--solver-steps", type=_positive, default=28, metavar="N", help="(%(default)s)")
-    parser.add_argument("--solver", default="euler", help="euler or heun (%(default)s)")
-    parser.add_argument("--guidance-scale", type=float, default=5.0, help="1 is no guidance (%(default)s)")
+    parser.add_argument("--solver", choices=("euler", "heun"), default="euler", help="(%(default)s)")
+    parser.add_argument("--guidance-scale", type=_finite, default=5.0, help="1 is no guidance (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     _weights_arguments(parser)
 
 
 def _weights_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of a run (the newest)")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a run (%(default)s)")
+    parser.add_argument("--weights", choices=("ema", "raw"), help="of a run (ema)")
     parser.add_argument(
         "--vae", metavar="DIR", help="AutoencoderKL folder, where it is no longer where encode found it"
     )
@@ -230,8 +236,8 @@ def _export(args: argparse.Namespace) -> None:
     _program("export").export_command(args)
 
 
-def _reflow(args: argparse.Namespace) -> int | None:
-    return _with_config(args, lambda config: _program("reflow").reflow(config))
+def _reflow(args: argparse.Namespace) -> int:
+    return _with_config(args, _program("reflow").reflow)
 
 
 def _program(name: str) -> Any:
@@ -245,9 +251,18 @@ def _path(text: str) -> Any:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, given {text}")
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, given {text}")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a number, given {text}")
     return value
 
 

@@ -20,6 +20,7 @@ from fmscale.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -100,7 +101,7 @@ class ConditioningConfig(Section):
 
 class OptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Applied to matrices; biases and norms have none."""
@@ -116,6 +117,12 @@ class OptimizerConfig(Section):
 class EmaConfig(Section):
     decays: tuple[Decay, ...] = (0.9999,)
     """One averaged copy of the weights for each; the first is the one that is sampled and exported."""
+
+    @model_validator(mode="after")
+    def _all_differ(self) -> EmaConfig:
+        if len(set(self.decays)) < len(self.decays):
+            raise ValueError("each decay must stand once")
+        return self
 
 
 class EngineConfig(Section):
@@ -202,7 +209,7 @@ class EncodeConfig(Section):
     """Bucket sides are multiples of this."""
     max_aspect: Annotated[float, Field(ge=1)] = 2.0
     """Longest side over shortest side of the most extreme bucket."""
-    buckets_px: tuple[tuple[Positive, Positive], ...] | None = None
+    buckets_px: Annotated[tuple[tuple[Positive, Positive], ...], Field(min_length=1)] | None = None
     """Explicit (height, width) pairs in place of the three keys above."""
     latents: Literal["mean", "sample"] = "mean"
     """Store the mean of the VAE's posterior, or one sample of it."""
@@ -349,7 +356,11 @@ def load(kind: type[ConfigType], path: str | Path, overrides: Sequence[str] = ()
 def check(kind: type[ConfigType], data: dict[str, Any], where: str, given: dict[str, Any] | None = None) -> ConfigType:
     """`data` as a record of `kind`; `given` is the part of it that came from the command line."""
     try:
-        return kind.model_validate_json(json.dumps(data))
+        plain = json.dumps(data)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: holds something that is no plain value ({error})") from None
+    try:
+        return kind.model_validate_json(plain)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         # An unknown key is often the cause of a missing one: say it first.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +34,14 @@ class Dataset:
     t5_length: int
     null: dict[str, Tensor]
 
+    @property
+    def null_sha256(self) -> str:
+        """Digest of the null: what is dropped must not change in mid-run either."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.null.items()):
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
     def to(self, device: torch.device) -> Dataset:
         """The same dataset with its null on `device`."""
         return replace(self, null={name: value.to(device) for name, value in self.null.items()})
@@ -48,11 +58,7 @@ def open_dataset(config: TrainConfig) -> Dataset:
         raise UserError(
             f"data.path: {mixture.name} holds no text features ({', '.join(ROLES)}); make it by `fmscale encode`"
         )
-    names = [name for name in shapes if name.removesuffix("_pooled") in encoders]
-    if config.conditioning.null == "zeros":
-        null = {name: torch.zeros(shapes[name]) for name in names}
-    else:
-        null = load_null(mixture.datasets[0].path, names)
+    null = open_null(mixture, config.conditioning.null)
     t5_length = mixture.made_by.get("t5_length", 256)
     check = assemble(
         {name: value[None] for name, value in null.items()}, context_dim=config.model.context_dim, t5_length=t5_length
@@ -64,23 +70,39 @@ def open_dataset(config: TrainConfig) -> Dataset:
     return Dataset(mixture, encoders, t5_length, null)
 
 
+def open_null(mixture: Mixture, null: str) -> dict[str, Tensor]:
+    """What replaces text features that are dropped: each stored text tensor of the empty caption, or zeros.
+
+    Args:
+        mixture: stores the features.
+        null: `empty` or `zeros`.
+    """
+    shapes = {name: shape for name, (_, shape) in mixture.layout.items() if name.removesuffix("_pooled") in ROLES}
+    if null == "zeros":
+        return {name: torch.zeros(shape) for name, shape in shapes.items()}
+    return load_null(mixture.datasets[0].path, shapes)
+
+
 def open_mixture(config: DataConfig) -> Mixture:
     """The datasets that a config names."""
     if config.path is not None:
         return Mixture([Index.open(config.path)])
     datasets = [Index.open(part.path) for part in config.mixture]
-    first, *others = ((dataset.path, _making(dataset)) for dataset in datasets)
-    for path, making in others:
-        if making != first[1]:
+    first, *others = ((dataset.path, making(dataset.made_by or {})) for dataset in datasets)
+    for path, made in others:
+        if made != first[1]:
             raise UserError(
                 f"data.mixture: {path} and {first[0]} were not made by the same VAE and text encoders; encode one again"
             )
     return Mixture(datasets, [part.weight for part in config.mixture])
 
 
-def _making(dataset: Index) -> dict[str, Any]:
-    """What decides which numbers a dataset holds for an image, whatever paths the frozen networks had."""
-    made_by = dataset.made_by or {}
+def making(made_by: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which numbers a dataset holds for an image, whatever paths the frozen networks had.
+
+    Args:
+        made_by: what the manifest of a dataset says about its making.
+    """
     text = {role: made.get("sha256") for role, made in made_by.get("text", {}).items()}
     vae = {key: value for key, value in made_by.get("vae", {}).items() if key != "path"}
     return {"vae": vae, "text": text, "t5_length": made_by.get("t5_length")}

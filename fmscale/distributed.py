@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fmscale.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class World:
     @property
     def device(self) -> torch.device:
         """The GPU of this rank, or the CPU where there is none."""
+        import torch
+
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
     @property
@@ -41,14 +46,25 @@ class World:
 def world_from_environment() -> World:
     """The world that a launcher described (torchrun's names, else Slurm's), or a world of one.
 
+    Raises:
+        UserError: the launcher's variables make no sense.
+
     Source: the environment of torchrun and of `srun`.
     """
     env = os.environ
     if "RANK" in env:
-        return World(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]))
-    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        return World(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"]))
-    return World(0, 0, 1)
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    elif "SLURM_PROCID" in env and env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+    else:
+        return World(0, 0, 1)
+    values = [env.get(name, "0" if name == "LOCAL_RANK" else "") for name in names]
+    if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[2]):
+        said = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+        raise UserError(
+            f"the environment describes no rank of a job ({said}); start through a launcher, or unset {names[0]}"
+        )
+    return World(*map(int, values))
 
 
 def rank_environment(world: World, address: str, port: int) -> dict[str, str]:
@@ -77,6 +93,8 @@ def check_can_spawn(nproc: int) -> None:
     """
     if world_from_environment().world_size > 1:
         raise UserError("--nproc: this process is one of several that a launcher started; leave --nproc out")
+    import torch
+
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else nproc
     if nproc > gpus:
         raise UserError(f"--nproc: {nproc} ranks on a machine of {gpus} GPUs; each rank takes one")
@@ -96,7 +114,14 @@ def spawn(argv: Sequence[str], nproc: int) -> int:
     try:
         start_processes(_run_rank, args=(list(argv), environments), nprocs=nproc, start_method="spawn")
     except ProcessExitedException as error:
-        return error.exit_code if error.exit_code > 0 else 1
+        if error.exit_code > 0:
+            return error.exit_code
+        print(
+            f"fmscale {argv[0]}: rank {error.error_index} was ended by signal {-error.exit_code}, so the others were "
+            "ended too; started again, a run goes on from its last checkpoint",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -104,6 +129,8 @@ def _run_rank(rank: int, argv: list[str], environments: list[dict[str, str]]) ->
     os.environ.update(environments[rank])
     # Each rank would take every core; torchrun sets 1 for the same reason.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(environments))))
+    import torch
+
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     from fmscale.cli import main
 
@@ -112,6 +139,8 @@ def _run_rank(rank: int, argv: list[str], environments: list[dict[str, str]]) ->
 
 def total(values: Tensor) -> Tensor:
     """Sum of `values` over all ranks, on every rank; the same tensor where there is one rank."""
+    import torch
+
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.all_reduce(values)
     return values
@@ -119,10 +148,14 @@ def total(values: Tensor) -> Tensor:
 
 def barrier() -> None:
     """Wait until every rank is here."""
+    import torch
+
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every rank where `flag` is true on at least one."""
+    import torch
+
     return bool(total(torch.tensor([float(flag)], device=device)).item() > 0)

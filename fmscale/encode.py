@@ -165,7 +165,8 @@ def _prepare_all(
         try:
             image = prepare(source, buckets, max_pixels)
         except ImageError as error:
-            failures.append(_skip(source.key, str(error)))
+            name = source.key or source.shard if isinstance(source, BadSample) else source.key
+            failures.append(_skip(name, str(error)))
             continue
         squared += was_squared(image.source_meta)
         yield image
@@ -250,10 +251,11 @@ def index(dataset: Path, action: str) -> int:
 
 def _made_by(dataset: Path) -> dict[str, Any] | None:
     """What an older index of the dataset says about its making, so that indexing again does not forget it."""
-    if not (dataset / "index" / "manifest.json").is_file():
+    manifest = dataset / "index" / "manifest.json"
+    if not manifest.is_file():
         return None
     try:
-        return Index.open(dataset, check_shards=False).made_by
-    except UserError as error:
+        return json.loads(manifest.read_text())["made_by"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("the old index is of no use, so what made this dataset is forgotten: %s", error)
         return None

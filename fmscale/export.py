@@ -11,21 +11,28 @@ from typing import Any
 import torch
 
 from fmscale import __version__
+from fmscale.encode import STORAGE
 from fmscale.errors import UserError
 from fmscale.files import new_folder
 from fmscale.log import get_logger
-from fmscale.models.names import diffusers_config, to_diffusers
+from fmscale.models.names import POSITIONS, diffusers_config, to_diffusers
 from fmscale.runs import Run, open_run
 from fmscale.sample import EXPORT_NOTE, load_frozen, parse_roles
 
 log = get_logger(__name__)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def export_command(args: argparse.Namespace) -> None:
     """`fmscale export`."""
     run = open_run(Path(args.run_dir), args.step)
-    export(run, Path(args.out), args.weights, args.dtype, vae=args.vae, text_encoders=parse_roles(args.text_encoder))
+    export(
+        run,
+        Path(args.out),
+        args.weights or "ema",
+        args.dtype,
+        vae=args.vae,
+        text_encoders=parse_roles(args.text_encoder),
+    )
 
 
 def export(
@@ -43,7 +50,7 @@ def export(
         run: an open run.
         out: folder to make; it appears only when it is whole.
         weights: `ema` or `raw`.
-        dtype: key of `DTYPES`, of the transformer.
+        dtype: key of `STORAGE`, of the transformer.
         vae: folder of the VAE, where it has moved.
         text_encoders: folders by role, likewise.
 
@@ -57,9 +64,11 @@ def export(
         encoders = text.by_role
         if missing := [role for role in ("clip_l", "clip_g") if role not in encoders]:
             raise UserError(f"{run.path}: was trained without {missing[0]}, which StableDiffusion3Pipeline needs")
+        if frozen_vae.model.config.shift_factor is None:  # which the stock pipeline adds all the same
+            frozen_vae.model.register_to_config(shift_factor=0.0)
         t5_model, t5_tokenizer = _t5(encoders, run.config.model.context_dim)
         pipeline = StableDiffusion3Pipeline(
-            transformer=_transformer(run, weights, DTYPES[dtype]),
+            transformer=_transformer(run, weights, STORAGE[dtype]),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=run.config.flow.shift),
             vae=frozen_vae.model,
             text_encoder=encoders["clip_l"].model,
@@ -110,7 +119,10 @@ def _transformer(run: Run, weights: str, dtype: torch.dtype) -> torch.nn.Module:
     config = diffusers_config(kwargs, sample_size=kwargs["base_size"] * kwargs["patch_size"])
     with torch.device("meta"):
         transformer = SD3Transformer2DModel(**config)
-    state = {name: value.to(dtype) for name, value in to_diffusers(run.state(weights), kwargs).items()}
+    state = {
+        name: value if name == POSITIONS else value.to(dtype)  # 16 bits would move the positions
+        for name, value in to_diffusers(run.state(weights), kwargs).items()
+    }
     transformer.load_state_dict(state, assign=True)
     return transformer
 

@@ -64,6 +64,8 @@ def new_folder(final: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(final)
     except OSError as error:
-        raise UserError(f"{final}: cannot be written: {error.strerror or error}") from error
+        if error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(temporary):
+            raise UserError(f"{final}: cannot be written: {error.strerror or error}") from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

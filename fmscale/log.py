@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
+
+from fmscale.distributed import world_from_environment
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-Item = TypeVar("Item")
-
 
 # What DeepSpeed warns of at every start, and we do on purpose.
 _EXPECTED = ("untested optimizer", "Setting accelerator to CPU")
@@ -25,7 +24,7 @@ def setup() -> None:
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' and diffusers' bars too
     logging.getLogger("DeepSpeed").addFilter(lambda record: not any(text in record.getMessage() for text in _EXPECTED))
-    rank = int(os.environ.get("RANK", "0"))
+    rank = world_from_environment().rank
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(
         format="%(message)s" if rank == 0 else f"rank {rank}: %(message)s", level=logging.WARNING, force=True
@@ -56,7 +55,7 @@ def progress(*fields: str) -> Iterator[Progress]:
     )
 
     console = Console(stderr=True)
-    visible = console.is_terminal and os.environ.get("RANK", "0") == "0"
+    visible = console.is_terminal and world_from_environment().is_main
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -69,9 +68,3 @@ def progress(*fields: str) -> Iterator[Progress]:
     )
     with Progress(*columns, console=console, disable=not visible) as bar:
         yield bar
-
-
-def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """The items one by one, under a progress bar."""
-    with progress() as bar:
-        yield from bar.track(items, total=total, description=description)

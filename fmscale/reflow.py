@@ -17,11 +17,12 @@ from fmscale.data.mixture import MixedBucket, Mixture
 from fmscale.data.reader import OpenShards, read_sample
 from fmscale.data.shards import ShardWriter
 from fmscale.data.tar import DamageError
-from fmscale.dataset import open_mixture
+from fmscale.dataset import making, open_mixture, open_null
 from fmscale.distributed import world_from_environment
 from fmscale.encode import STORAGE
-from fmscale.encoders.null import load_null, save_null
+from fmscale.encoders.null import save_null
 from fmscale.encoders.text import ROLES, assemble
+from fmscale.errors import UserError
 from fmscale.files import new_folder
 from fmscale.flow.coupling import NOISE_KEY
 from fmscale.flow.noise import draw_noise
@@ -48,9 +49,9 @@ def reflow(config: ReflowConfig) -> Index:
     Source: Liu et al. 2022, arXiv:2209.03003, sec. 2.2.
     """
     run, source = open_run(config.teacher), open_mixture(config.data)
+    check_teacher(run, source)
     with new_folder(config.out) as folder:
-        names = [name for name in source.layout if name.removesuffix("_pooled") in ROLES]
-        null = load_null(source.datasets[0].path, names)
+        null = open_null(source, run.config.conditioning.null)
         teacher = Teacher(config, run, null)
         with ShardWriter(folder, samples_per_shard=config.shard_samples) as writer, progress() as bar:
             captions = bar.track(read_captions(config, source), total=config.pairs, description="reflow")
@@ -63,6 +64,19 @@ def reflow(config: ReflowConfig) -> Index:
     index = Index.open(config.out)
     log.info("%s: %d pairs", config.out, len(index))
     return index
+
+
+def check_teacher(run: Run, source: Mixture) -> None:
+    """Refuse captions that the teacher cannot read, and shapes that it was not made for.
+
+    Raises:
+        UserError: the dataset was made by other networks than those of the teacher's.
+    """
+    if making(run.made_by) != making(source.made_by):
+        raise UserError(
+            f"data: {source.name} and the dataset of {run.path} were not made by the same VAE and text encoders; "
+            "give a dataset that was encoded as the teacher's"
+        )
 
 
 class Caption(NamedTuple):
@@ -96,7 +110,7 @@ def read_captions(config: ReflowConfig, source: Mixture) -> Iterator[Caption]:
                 log.warning("skipped %s: %s", source.key(address), error)
                 continue
             text = {name: value for name, value in sample.tensors.items() if name.removesuffix("_pooled") in ROLES}
-            yield Caption(number, bucket, text, sample.meta.get("caption", ""), ("reflow", config.seed, number))
+            yield Caption(number, bucket, text, sample.read_meta().get("caption", ""), ("reflow", config.seed, number))
 
 
 class Teacher:

@@ -10,6 +10,7 @@ RUN/config.yaml       the merged config, written first
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmscale import __version__
-from fmscale.config import TrainConfig, dump, flatten, load
+from fmscale.config import TrainConfig, check, dump, flatten, load
 from fmscale.errors import UserError
 from fmscale.files import replace_text
 
@@ -55,7 +56,7 @@ def _may_change(key: str, old: TrainConfig, new: TrainConfig) -> bool:
 
 
 def check_run_dir(config: TrainConfig, allow_changes: bool) -> None:
-    """Refuse a run directory that belongs to another run; nothing is written.
+    """Refuse a run directory that belongs to another run, or that cannot be written to; nothing is written.
 
     Args:
         config: what is about to be trained.
@@ -64,11 +65,17 @@ def check_run_dir(config: TrainConfig, allow_changes: bool) -> None:
     Raises:
         UserError: says each difference.
     """
-    written = config.run_dir / "config.yaml"
+    run_dir = config.run_dir.absolute()
+    nearest = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"run_dir: cannot write to {nearest}; give another run_dir")
+    written = run_dir / "config.yaml"
     if not written.is_file():
-        if config.run_dir.is_dir() and any(config.run_dir.iterdir()):
+        if run_dir.is_dir() and any(run_dir.iterdir()):
             raise UserError(f"run_dir: {config.run_dir} is not empty and holds no run; give another run_dir")
         return
+    if not any(checkpoints_dir(run_dir).glob("step-*")):
+        return  # nothing was trained yet that another config could spoil
     changes = differences(load(TrainConfig, written), config)
     if changes and not allow_changes:
         raise UserError(
@@ -149,7 +156,7 @@ class Run:
         if weights == "raw":
             return WEIGHT
         if not self.config.ema.decays:
-            raise UserError(f"{self.path}: was trained without EMA; use --weights raw")
+            raise UserError(f"{self.path}: was trained without EMA; only its raw weights can be had (--weights raw)")
         return ema_name(self.config.ema.decays[0])
 
     def state(self, weights: str) -> dict[str, Tensor]:
@@ -197,4 +204,6 @@ def open_run(path: Path, step: int | None = None) -> Run:
 
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path}: not a run directory (no config.yaml in it)")
-    return Run(path, load(TrainConfig, path / "config.yaml"), at_step(checkpoints_dir(path), step))
+    checkpoint = at_step(checkpoints_dir(path), step)
+    config = check(TrainConfig, checkpoint.index["description"]["config"], str(checkpoint.path / "index.json"))
+    return Run(path, config, checkpoint)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ EXPORT_NOTE = "fmscale.json"  # in an exported folder: what diffusers' own files
 PIPELINE_FOLDERS = {"clip_l": ("text_encoder", "tokenizer"), "clip_g": ("text_encoder_2", "tokenizer_2")}
 PIPELINE_FOLDERS["t5"] = ("text_encoder_3", "tokenizer_3")
 CAPTION_PX = 12
+PICTURES = (".png", ".jpg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,9 @@ def sample_latents(
 def sample_command(args: argparse.Namespace) -> None:
     """`fmscale sample`: write a PNG with `args.images` images for each prompt, prompts under the images."""
     source, out = Path(args.source), Path(args.out)
-    if not out.parent.is_dir():
-        raise UserError(f"--out: there is no folder {out.parent} to write {out.name} in")
+    _check_out(out)
+    if any("\ud800" <= char <= "\udfff" for text in (*args.prompt, args.negative_prompt) for char in text):
+        raise UserError("--prompt: not UTF-8 text")
     generator = open_generator(
         source, step=args.step, weights=args.weights, vae=args.vae, text_encoders=parse_roles(args.text_encoder)
     )
@@ -170,6 +173,16 @@ def sample_command(args: argparse.Namespace) -> None:
     log.info("%d images in %s", len(images), out)
 
 
+def _check_out(out: Path) -> None:
+    """Refuse what could not be written, before anything is drawn."""
+    if not out.parent.is_dir():
+        raise UserError(f"--out: there is no folder {out.parent} to write {out.name} in")
+    if out.suffix.lower() not in PICTURES:
+        raise UserError(f"--out: {out} must end in one of {', '.join(PICTURES)}")
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise UserError(f"--out: {out} cannot be written; give another file")
+
+
 def parse_roles(texts: Sequence[str]) -> dict[str, str]:
     """`["clip_l=DIR", …]` by role.
 
@@ -189,7 +202,7 @@ def open_generator(
     source: Path,
     *,
     step: int | None = None,
-    weights: str = "ema",
+    weights: str | None = None,
     vae: str | None = None,
     text_encoders: Mapping[str, str] | None = None,
 ) -> Generator:
@@ -198,7 +211,7 @@ def open_generator(
     Args:
         source: a run directory or an exported folder.
         step: checkpoint of a run; None for the newest.
-        weights: `ema` or `raw`, of a run.
+        weights: of a run, `ema` (None means the same) or `raw`.
         vae: folder to use in place of the one that the dataset names.
         text_encoders: folders by role, likewise.
 
@@ -206,6 +219,11 @@ def open_generator(
         UserError: `source` is neither, or a frozen network is gone or is not the one that made the dataset.
     """
     if (source / EXPORT_NOTE).is_file():
+        if step is not None or weights or vae or text_encoders:
+            raise UserError(
+                f"{source}: an exported folder has one set of weights and brings its own networks; leave out "
+                "--step, --weights, --vae and --text-encoder, or give the run directory"
+            )
         return _open_export(source)
     if (source / "model_index.json").is_file():
         raise UserError(f"{source}: a pipeline that fmscale did not export; draw from it with diffusers")
@@ -213,7 +231,7 @@ def open_generator(
     device = world_from_environment().device
     frozen_vae, text = load_frozen(run, vae, text_encoders or {}, device)
     return Generator(
-        model=run.model(weights).to(device),
+        model=run.model(weights or "ema").to(device),
         vae=frozen_vae,
         text=text,
         context_dim=run.config.model.context_dim,
@@ -240,7 +258,9 @@ def load_frozen(
         UserError: one is gone, or is another than the one that made the dataset.
     """
     made_by = run.made_by
-    loaded = load_vae(vae or made_by["vae"]["path"], device)
+    if not (folder := Path(vae or made_by["vae"]["path"])).is_dir():
+        raise UserError(f"{folder}: the VAE that made the dataset is no longer there; give its folder: --vae DIR")
+    loaded = load_vae(folder, device)
     given, needed = loaded.identity(), made_by["vae"]
     if wrong := [key for key in ("channels", "factor", "scale", "shift") if given[key] != needed[key]]:
         facts = ", ".join(f"{key} {given[key]} instead of {needed[key]}" for key in wrong)
@@ -248,7 +268,14 @@ def load_frozen(
     if given["sha256"] != needed["sha256"]:
         log.warning("the VAE's weights are not those that made the dataset: right for a finetuned decoder, else wrong")
     sources = {role: made["source"] for role, made in made_by["text"].items()}
-    sources |= {role: {"path": folder} for role, folder in text_encoders.items()}
+    for role, given_folder in text_encoders.items():
+        sources[role] = _moved(Path(given_folder), sources.get(role, {}))
+    for role, source in sources.items():
+        if not Path(source.get("path") or source.get("checkpoint") or "").exists():
+            raise UserError(
+                f"{source.get('path') or source.get('checkpoint')}: {role} of the dataset is no longer there; "
+                f"give its folder: --text-encoder {role}=DIR"
+            )
     text = load_text_encoders(sources, made_by["t5_length"], device)
     for role, identity in text.identity().items():
         if identity["sha256"] != made_by["text"].get(role, {}).get("sha256"):
@@ -256,6 +283,16 @@ def load_frozen(
                 f"{role}: the weights are not those that made the dataset; give its folder: --text-encoder {role}=DIR"
             )
     return loaded, text
+
+
+def _moved(place: Path, source: Mapping[str, Any]) -> dict[str, Any]:
+    """The source of a text encoder that has moved: a folder, its tokenizer beside it where it was; or a checkpoint."""
+    if source.get("open_clip"):
+        return {**source, "checkpoint": str(place)}
+    tokenizer = source.get("tokenizer")
+    if tokenizer and not Path(tokenizer).exists():
+        tokenizer = str(place.parent / Path(tokenizer).name)
+    return {"path": str(place), "tokenizer": tokenizer}
 
 
 def _open_export(folder: Path) -> Generator:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +28,7 @@ from fmscale.distributed import World, barrier, total, world_from_environment
 from fmscale.encoders.text import assemble
 from fmscale.engine import checkpoint as checkpoints
 from fmscale.engine.metrics import MetricsLog, append, keep_before
-from fmscale.engine.optim import AdamWEMA, learning_rate, parameter_groups
+from fmscale.engine.optim import AdamWEMA, ema_name, learning_rate, parameter_groups
 from fmscale.engine.zero import Engine, deepspeed_config, init_process_group
 from fmscale.errors import UserError
 from fmscale.flow.coupling import COUPLINGS
@@ -93,23 +93,45 @@ def train(config: TrainConfig, *, allow_changes: bool = False) -> None:
     dataset = check_setup(config, world.world_size, allow_changes)
     portions = split(config.global_batch, world.world_size, config.micro_batch)
     init_process_group(world)
-    if world.is_main:
-        start_run_dir(config, _device_names(world))
     engine = build_engine(config, world.device, portions.micro_batch)
     job = Job(config, dataset.to(world.device), engine, world, portions)
-    loop(job, start=resume(job))
+    start = resume(job)
+    if world.is_main:
+        start_run_dir(config, _device_names(world))
+    loop(job, start)
 
 
 def check_setup(config: TrainConfig, world_size: int, allow_changes: bool = False) -> Dataset:
     """Open the dataset and refuse what cannot work, before anything is made.
 
     Raises:
-        UserError: says which key and which fact of the dataset disagree.
+        UserError: says which key and which fact of dataset, model, checkpoint or run directory disagree.
     """
     dataset = open_dataset(config)
     split(config.global_batch, world_size, config.micro_batch)
+    with torch.device("meta"):
+        shapes = {name: tuple(weight.shape) for name, weight in build_model(config).named_parameters()}
     check_run_dir(config, allow_changes)
+    if (found := checkpoints.latest(checkpoints_dir(config.run_dir))) is not None:
+        _check_same_data(config, dataset, found)
+        checkpoints.check_fits(found, shapes, [ema_name(decay) for decay in config.ema.decays])
     return dataset
+
+
+def _check_same_data(config: TrainConfig, dataset: Dataset, found: checkpoints.Checkpoint) -> None:
+    description = found.index["description"]
+    trained_on, ours = description["dataset"]["fingerprint"], dataset.mixture.fingerprint
+    if trained_on != ours:
+        raise UserError(
+            f"data: {dataset.mixture.name} is not the dataset of {found.path} "
+            f"(fingerprint {ours[:12]}, trained on {trained_on[:12]}); start another run_dir"
+        )
+    same_null = description["null"] == config.conditioning.null
+    if same_null and description["dataset"]["null_sha256"] != dataset.null_sha256:
+        raise UserError(
+            f"data: the features of the empty caption in {dataset.mixture.name} are not those that {found.path} was "
+            "trained with; put the old null.safetensors back, or start another run_dir"
+        )
 
 
 def build_engine(config: TrainConfig, device: torch.device, micro_batch: int) -> Engine:
@@ -129,24 +151,17 @@ def build_engine(config: TrainConfig, device: torch.device, micro_batch: int) ->
 
 
 def resume(job: Job) -> int:
-    """Restore the newest checkpoint, if there is one.
+    """Restore the newest checkpoint, if there is one; `check_setup` has found it fit.
 
     Returns:
         The step to go on with: how many are done.
 
     Raises:
-        UserError: the checkpoint is damaged, or the dataset is not the one it was trained on.
+        UserError: the checkpoint is damaged.
     """
     found = checkpoints.latest(checkpoints_dir(job.config.run_dir))
     if found is None:
         return 0
-    mixture = job.dataset.mixture
-    trained_on = found.index["description"]["dataset"]["fingerprint"]
-    if trained_on != mixture.fingerprint:
-        raise UserError(
-            f"data.path: {mixture.name} is not the dataset of {found.path} "
-            f"(fingerprint {mixture.fingerprint[:12]}, trained on {trained_on[:12]}); start another run_dir"
-        )
     checkpoints.verify(found, job.world.rank, job.world.world_size)
     checkpoints.restore(found, job.engine.pieces())
     job.engine.updates = found.index["updates"]
@@ -208,9 +223,11 @@ def batches_of(job: Job, start: int) -> Iterator[Batch]:
     )
 
 
-def draw_noise(coupling: str, seed: int, shape: Sequence[int], step: int, slot: int, meta: dict[str, Any]) -> Tensor:
+def draw_noise(
+    coupling: str, seed: int, shape: Sequence[int], step: int, slot: int, read_meta: Callable[[], Mapping[str, Any]]
+) -> Tensor:
     """The noise of one slot of a global batch; the loader's workers call it."""
-    return COUPLINGS[coupling](shape, meta, (seed, step, slot))
+    return COUPLINGS[coupling](shape, read_meta, (seed, step, slot))
 
 
 def draw_step(config: TrainConfig, step: int, encoders: int) -> Draws:
@@ -375,7 +392,12 @@ def save(job: Job, done: int) -> None:
         description={
             "images_seen": done * config.global_batch,
             "config": config.model_dump(mode="json"),
-            "dataset": {"path": mixture.name, "fingerprint": mixture.fingerprint, "made_by": mixture.made_by},
+            "dataset": {
+                "path": mixture.name,
+                "fingerprint": mixture.fingerprint,
+                "null_sha256": job.dataset.null_sha256,
+                "made_by": mixture.made_by,
+            },
             "null": config.conditioning.null,
         },
         keep=config.checkpoint.keep,

@@ -105,7 +105,7 @@ def read_fmscale(index: Index) -> Iterator[Any]:
         rank=0,
         start_step=0,
         stop_step=batches,
-        noise=lambda shape, step, slot, meta: torch.zeros(shape),  # the other sides draw none
+        noise=lambda shape, step, slot, read_meta: torch.zeros(shape),  # the other sides draw none
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fmscale.batch import BadSample
@@ -97,11 +97,11 @@ def _from_folder(folder: Path) -> Iterator[SourceImage | BadSample]:
             yield BadSample(key, str(relative), f"same name as {previous.name}: one caption cannot serve two images")
             continue
         previous = path
+        words = path.with_suffix(".txt")
         try:
-            caption = _text(path.with_suffix(".txt").read_bytes())
-            yield SourceImage(key, path.read_bytes(), caption, str(relative))
-        except FileNotFoundError:
-            yield BadSample(key, str(relative), f"no caption: there is no {path.with_suffix('.txt').name} beside it")
+            if not words.is_file():
+                raise ImageError(f"no caption: there is no {words.name} beside it")
+            yield SourceImage(key, path.read_bytes(), _text(words.read_bytes()), str(relative))
         except (OSError, ImageError) as error:
             yield BadSample(key, str(relative), str(error))
 
@@ -142,6 +142,8 @@ def _tar_sample(file: BinaryIO, members: Sequence[Member], key: str, source: str
         caption = str(meta.get("caption") or "").strip()
     if not caption:
         raise ImageError("no caption: neither a .txt nor a json with 'caption'")
+    if any("\ud800" <= char <= "\udfff" for char in caption):
+        raise ImageError("its caption is no text: it holds half a character")
     return SourceImage(key, _content(file, pictures[0]), caption, source, meta)
 
 
@@ -189,7 +191,9 @@ def was_squared(meta: dict[str, Any]) -> bool:
     Args:
         meta: the json that img2dataset wrote: `width`, `height` and the same with `original_`.
     """
-    sizes = [meta.get(name) or 0 for name in ("width", "height", "original_width", "original_height")]
+    sizes: list[Any] = [meta.get(name) for name in ("width", "height", "original_width", "original_height")]
+    if not all(isinstance(size, int | float) for size in sizes):
+        return False
     width, height, original_width, original_height = sizes
     return width == height > 0 and abs(original_width - original_height) > 0.02 * original_height
 
@@ -212,6 +216,8 @@ def load_image(data: bytes, max_pixels: int) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
         raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"cannot be decoded: it is none of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's decoders meet broken files with nearly any exception
         raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})".replace("\n", " ")) from error
 

@@ -24,24 +24,21 @@ from torch import Tensor
 
 from fmscale.batch import BadSample
 from fmscale.data.tar import CHUNK_BYTES, find_tars
+from fmscale.data.tensors import DTYPES
 from fmscale.errors import UserError
 
-VERSION = 1
+VERSION = 2
 FOLDER = "index"
-COLUMNS = {"shard": "u4", "offset": "i8", "length": "i8", "crc32": "u4", "key_start": "i8", "keys": "u1"}
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+COLUMNS = {
+    "shard": "u4",
+    "offset": "i8",
+    "length": "i8",
+    "tensors_start": "i8",
+    "tensors_length": "i8",
+    "crc32": "u4",
+    "key_start": "i8",
+    "keys": "u1",
 }
-
 Progress = Callable[[int, int], None]
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # stored tensors: name -> dtype, shape; of `latents` the channels alone
 
@@ -62,11 +59,20 @@ class Bucket:
 
 
 class Location(NamedTuple):
-    """The bytes of one sample: whole tar members, headers included; `crc32` is zlib's, over those bytes."""
+    """The bytes of one sample.
+
+    Attributes:
+        shard: a tar.
+        offset, length: of its members in the tar, headers included.
+        tensors_start, tensors_length: of its safetensors file within those bytes.
+        crc32: zlib's, over all of those bytes.
+    """
 
     shard: Path
     offset: int
     length: int
+    tensors_start: int
+    tensors_length: int
     crc32: int
 
 
@@ -124,7 +130,7 @@ class Index:
             raise UserError(f"{path} has no index: run `fmscale index {path}`")
         try:
             index = cls(path, folder)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{folder} cannot be used ({error}): run `fmscale index {path}`") from error
         if check_shards:
             index._check_shards()
@@ -143,10 +149,8 @@ class Index:
 
     def location(self, row: int) -> Location:
         """Where a sample's bytes lie."""
-        shard, offset, length, crc32 = (
-            int(self._columns[name][row]) for name in ("shard", "offset", "length", "crc32")
-        )
-        return Location(self.path / self.shards[shard].name, offset, length, crc32)
+        shard, *place = (int(self._columns[name][row]) for name in ("shard", *Location._fields[1:]))
+        return Location(self.path / self.shards[shard].name, *place)
 
     def blank(self, height: int, width: int) -> dict[str, Tensor]:
         """The tensors of a sample of this latent size, all zeros."""

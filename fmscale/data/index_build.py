@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from fmscale.batch import BadSample
 from fmscale.data.index import (
     COLUMNS,
-    DTYPES,
     FOLDER,
     VERSION,
     Index,
@@ -33,17 +32,18 @@ from fmscale.data.index import (
     checksums,
 )
 from fmscale.data.sequence import stable_hash
-from fmscale.data.tar import PICKLES, DamageError, Member, find_tars, walk
+from fmscale.data.tar import PICKLES, DamageError, Member, find_tars, parse_json, walk
+from fmscale.data.tensors import head_bytes, parse_head
 from fmscale.errors import UserError
 from fmscale.files import sync
-
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 class _Row(NamedTuple):
     key: str
     offset: int
     length: int
+    tensors_start: int
+    tensors_length: int
     height: int
     width: int
 
@@ -111,7 +111,8 @@ def _sound_part(index: Index, check: ShardCheck) -> _Scan:
     for number in check.rows.tolist():
         if number not in check.bad:
             place, bucket = index.location(number), index.buckets[bisect_right(starts, number) - 1]
-            rows.append(_Row(index.key(number), place.offset, place.length, bucket.height, bucket.width))
+            within = (place.offset, place.length, place.tensors_start, place.tensors_length)
+            rows.append(_Row(index.key(number), *within, bucket.height, bucket.width))
             crcs.append(place.crc32)
     return _scan(check.now, index.layout, rows, crcs)
 
@@ -154,13 +155,9 @@ def _scan_shard(path: Path) -> _Scan:
 def _scan(shard: Shard, layout: Layout | None, rows: Sequence[_Row], crcs: Sequence[int]) -> _Scan:
     keys = [row.key.encode() for row in rows]
     columns = {
-        "offset": np.array([row.offset for row in rows], dtype="i8"),
-        "length": np.array([row.length for row in rows], dtype="i8"),
-        "height": np.array([row.height for row in rows], dtype="i8"),
-        "width": np.array([row.width for row in rows], dtype="i8"),
-        "crc32": np.array(crcs, dtype="u4"),
-        "key_bytes": np.array([len(key) for key in keys], dtype="i8"),
+        name: np.array([getattr(row, name) for row in rows], dtype="i8") for name in _Row._fields if name != "key"
     }
+    columns |= {"crc32": np.array(crcs, dtype="u4"), "key_bytes": np.array([len(key) for key in keys], dtype="i8")}
     return _Scan(shard, layout, columns, b"".join(keys))
 
 
@@ -175,11 +172,17 @@ def _scan_samples(file: BinaryIO) -> tuple[list[_Row], Layout | None]:
                 f"key {key!r} comes twice: keys must differ, and the members of a sample lie side by side"
             )
         seen.add(key)
-        layout, height, width = _read_layout(file, _tensor_member(key, members))
+        stored = _tensor_member(key, members)
+        for member in members:
+            if member.extension == "json":
+                file.seek(member.start)
+                parse_json(member, file.read(member.size))
+        layout, height, width = _read_layout(file, stored)
         common = layout if common is None else common
         if layout != common:
             raise DamageError(_layout_differs(key, layout, common))
-        rows.append(_Row(key, members[0].offset, members[-1].end - members[0].offset, height, width))
+        offset = members[0].offset
+        rows.append(_Row(key, offset, members[-1].end - offset, stored.start - offset, stored.size, height, width))
     return rows, common
 
 
@@ -203,32 +206,18 @@ def _tensor_member(key: str, members: Sequence[Member]) -> Member:
 
 def _read_layout(file: BinaryIO, member: Member) -> tuple[Layout, int, int]:
     """Layout and latent height and width of a sample, from the head of its safetensors member."""
-    file.seek(member.start)
-    length = int.from_bytes(file.read(8), "little")
-    if length > min(member.size - 8, MAX_HEADER_BYTES):
-        raise DamageError(f"{member.name!r} is no safetensors file")
     try:
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        layout = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamageError(f"{member.name!r} is no safetensors file") from error
-    _check_layout(layout, member, member.size - 8 - length)
-    dtype, shape = layout["latents"]
-    layout["latents"] = (dtype, shape[:1])
-    return dict(sorted(layout.items())), shape[1], shape[2]
-
-
-def _check_layout(layout: Layout, member: Member, stored_bytes: int) -> None:
-    for name, (dtype, _) in layout.items():
-        if dtype not in DTYPES:
-            raise DamageError(f"tensor {name!r} in {member.name!r} is {dtype}; one of {', '.join(DTYPES)} can be read")
-    if any(size < 0 for _, shape in layout.values() for size in shape) or stored_bytes != sum(
-        prod(shape) * DTYPES[dtype].itemsize for dtype, shape in layout.values()
-    ):
-        raise DamageError(f"{member.name!r} holds other data than its head says")
-    if "latents" not in layout or len(layout["latents"][1]) != 3 or not prod(layout["latents"][1]):
+        file.seek(member.start)
+        length = head_bytes(file.read(8), member.size)
+        entries = parse_head(file.read(length), member.size - 8 - length)
+    except DamageError as error:
+        raise DamageError(f"{member.name!r} {error}") from error
+    layout: Layout = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    dtype, shape = layout.get("latents", ("", ()))
+    if len(shape) != 3 or not prod(shape):
         raise DamageError(f"{member.name!r} has no tensor 'latents' of shape (channels, height, width)")
+    layout["latents"] = (dtype, shape[:1])
+    return layout, shape[1], shape[2]
 
 
 def _layout_differs(key: str, layout: Layout, common: Layout) -> str:

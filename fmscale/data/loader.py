@@ -23,10 +23,10 @@ from torch import Tensor
 from fmscale.batch import BadSample, Batch
 from fmscale.data.mixture import Address, MixedBucket, Mixture
 from fmscale.data.order import Order, Split
-from fmscale.data.reader import OpenShards, Sample, read_sample
+from fmscale.data.reader import OpenShards, Room, Sample, Scratch, read_sample
 from fmscale.data.tar import DamageError
 
-Noise = Callable[[tuple[int, ...], int, int, dict[str, Any]], Tensor]
+Noise = Callable[[tuple[int, ...], int, int, Callable[[], dict[str, Any]]], Tensor]
 
 
 class WorkItem(NamedTuple):
@@ -67,7 +67,8 @@ def build_loader(
         rank: in [0, split.world_size).
         start_step: first step.
         stop_step: the step after the last.
-        noise: (latents' shape, step, slot, the sample's json) -> standard normal noise of that shape, float32, CPU.
+        noise: (latents' shape, step, slot, reader of the sample's json) -> standard normal noise of that shape,
+            float32, on the CPU.
         workers: processes that read ahead; 0 reads in this one.
         pin_memory: put batches in page-locked memory.
 
@@ -97,18 +98,20 @@ def work_items(
 
 
 def read_samples(items: Iterable[WorkItem], mixture: Mixture) -> Iterator[tuple[WorkItem, list[Slot]]]:
-    """Each item with what its slots hold."""
+    """Each item with what its slots hold, until the next is asked for: they are read into the same memory."""
+    scratch = Scratch()
     with OpenShards() as shards:
         for item in items:
-            yield item, [_read_slot(mixture, address, shards) for address in item.samples]
+            rooms = [partial(scratch.room, number) for number in range(len(item.samples))]
+            yield item, [_read_slot(mixture, *pair, shards) for pair in zip(item.samples, rooms, strict=True)]
 
 
-def _read_slot(mixture: Mixture, address: Address | None, shards: OpenShards) -> Slot:
+def _read_slot(mixture: Mixture, address: Address | None, room: Room, shards: OpenShards) -> Slot:
     if address is None:
         return Slot()
     key, location = mixture.key(address), mixture.location(address)
     try:
-        return Slot(key, read_sample(location, shards))
+        return Slot(key, read_sample(location, shards, room))
     except DamageError as damage:
         return Slot(key, bad=BadSample(key, location.shard.name, str(damage)))
 
@@ -116,11 +119,12 @@ def _read_slot(mixture: Mixture, address: Address | None, shards: OpenShards) ->
 def collate(work: Iterable[tuple[WorkItem, list[Slot]]], mixture: Mixture, noise: Noise) -> Iterator[Batch]:
     """Stack samples to batches; a slot without a sample holds zeros, with weight 0."""
     for item, slots in work:
-        blank = mixture.blank(item.bucket)
-        shape = tuple(blank["latents"].shape)
+        whole = all(slot.sample for slot in slots)
+        blank = {} if whole else mixture.blank(item.bucket)
         stored = [slot.sample.tensors if slot.sample else blank for slot in slots]
+        shape = tuple(stored[0]["latents"].shape)
         drawn = [
-            noise(shape, item.step, int(place), slot.sample.meta) if slot.sample else torch.zeros(shape)
+            noise(shape, item.step, int(place), slot.sample.read_meta) if slot.sample else torch.zeros(shape)
             for place, slot in zip(item.slots, slots, strict=True)
         ]
         yield Batch(
@@ -128,7 +132,7 @@ def collate(work: Iterable[tuple[WorkItem, list[Slot]]], mixture: Mixture, noise
             bucket=(item.bucket.height, item.bucket.width),
             slots=torch.from_numpy(item.slots),
             weight=torch.tensor([float(slot.sample is not None) for slot in slots]),
-            tensors={name: torch.stack([tensors[name] for tensors in stored]) for name in blank},
+            tensors={name: torch.stack([tensors[name] for tensors in stored]) for name in mixture.layout},
             noise=torch.stack(drawn),
             keys=tuple(slot.key for slot in slots),
             bad=tuple(slot.bad for slot in slots if slot.bad),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
@@ -99,3 +100,18 @@ def _check_end(file: BinaryIO, offset: int) -> None:
 def find_tars(folder: Path) -> list[Path]:
     """The archives directly in a folder, sorted by name."""
     return sorted(path for path in folder.glob("*.tar") if path.is_file())
+
+
+def parse_json(member: Member, content: bytes) -> dict[str, Any]:
+    """The object in a json member.
+
+    Raises:
+        DamageError: it is none.
+    """
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DamageError(f"member {member.name!r} is no json ({error})") from error
+    if not isinstance(value, dict):
+        raise DamageError(f"member {member.name!r} is no json object")
+    return value

@@ -19,11 +19,11 @@ def save_null(folder: Path, features: Mapping[str, Tensor]) -> None:
     save_file({name: value.contiguous() for name, value in features.items()}, folder / NULL_FILE)
 
 
-def load_null(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Read the features called `names`, in float32.
+def load_null(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Read the features of these names and shapes, in float32.
 
     Raises:
-        UserError: the dataset has no such file, or it lacks a name.
+        UserError: the dataset has no such file, or it lacks a name, or the samples store another shape.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -35,6 +35,9 @@ def load_null(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
         stored = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: damaged: {error}; encode the dataset again") from None
-    if missing := [name for name in names if name not in stored]:
-        raise UserError(f"{path}: lacks {missing[0]}, which the samples store; encode the dataset again")
-    return {name: stored[name].float() for name in names}
+    for name, shape in shapes.items():
+        if name not in stored or tuple(stored[name].shape) != tuple(shape):
+            raise UserError(
+                f"{path}: lacks {name} of shape {tuple(shape)}, as the samples store; encode the dataset again"
+            )
+    return {name: stored[name].float() for name in shapes}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fmscale.batch import Conditioning
 from fmscale.encoders.clip import PAD_TOKENS, clip_tokenizer, from_open_clip, load_open_clip
-from fmscale.encoders.weights import read_config, weight_files
+from fmscale.encoders.weights import load_pretrained, read_config, weight_files
 from fmscale.errors import UserError
 from fmscale.files import sha256
 
@@ -215,9 +215,7 @@ def _load_model(role: str, folder: Path, dtype: torch.dtype) -> Any:
     from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
     kind: Any = T5EncoderModel if role == "t5" else CLIPTextModelWithProjection
-    model, info = kind.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
+    model, info = load_pretrained(kind, folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
     absent = sorted(info["missing_keys"])  # transformers would leave these at random values
     if absent:
         raise UserError(f"{folder}: the weights lack {absent[0]}; give a folder of a whole {kind.__name__}")
@@ -231,7 +229,7 @@ def _load_tokenizer(role: str, folder: Path) -> Any:
     if not any((folder / name).is_file() for name in files):
         raise UserError(f"{folder}: holds no tokenizer ({' or '.join(files)}); give its folder as `tokenizer`")
     kind = T5Tokenizer if role == "t5" else CLIPTokenizer
-    return kind.from_pretrained(folder, local_files_only=True)
+    return load_pretrained(kind, folder)
 
 
 def assemble(features: Mapping[str, Tensor], *, context_dim: int, t5_length: int = 256) -> Conditioning:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fmscale.encoders.weights import read_config, weight_files
+from fmscale.encoders.weights import load_pretrained, read_config, weight_files
 from fmscale.errors import UserError
 from fmscale.files import sha256
 
@@ -104,11 +104,11 @@ def load_vae(folder: Path | str, device: torch.device | str = "cpu", dtype: torc
     if given != "AutoencoderKL":
         raise UserError(f"{folder}: holds {given}, not AutoencoderKL; give a pipeline's vae folder")
     files = weight_files(folder, "diffusion_pytorch_model")
-    model, info = AutoencoderKL.from_pretrained(
+    model, info = load_pretrained(
+        AutoencoderKL,
         folder,
         torch_dtype=dtype,
         use_safetensors=True,
-        local_files_only=True,
         low_cpu_mem_usage=False,  # True takes another library, and warns where it is missing
         output_loading_info=True,
     )

@@ -58,7 +58,10 @@ def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
             f"{folder}: no {single.name}; only safetensors are read: where you trust the weights that it holds, "
             "load them elsewhere and write them again with save_pretrained(folder, safe_serialization=True)"
         )
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: damaged ({error}); download the model again") from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder}: {missing[0]} is missing, which {index.name} names; download the model again")
@@ -80,3 +83,22 @@ def check_readable(file: Path) -> None:
             pass
     except SafetensorError as error:
         raise UserError(f"{file}: damaged ({error}); download it again") from error
+
+
+def load_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained(folder, **options)`, from this machine alone.
+
+    Args:
+        kind: a class of diffusers or transformers.
+        folder: a model's or a tokenizer's.
+
+    Raises:
+        UserError: the files in the folder do not make one; libraries meet such files with nearly any exception.
+    """
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except Exception as error:
+        said = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{folder}: no {kind.__name__} can be loaded from it ({said}); download it again, or give another folder"
+        ) from error

@@ -27,6 +27,7 @@ from fmscale.files import sha256, sync
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
+_DELETING = ".deleting-"
 _DIGEST_BYTES = 32
 Result = TypeVar("Result")
 
@@ -165,12 +166,14 @@ def _publish(temporary: Path, final: Path, index: dict[str, Any]) -> None:
 
 def _prune(root: Path, keep: int) -> None:
     for checkpoint in find_all(root)[:-keep]:
-        shutil.rmtree(checkpoint)
+        checkpoint.rename(root / f"{_DELETING}{checkpoint.name}")  # a folder that bears its final name is whole
+    for leftover in root.glob(f"{_DELETING}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def find_all(root: Path) -> list[Path]:
     """Folders of whole checkpoints under `root`, oldest first."""
-    found = [entry for entry in root.glob("step-*") if _NAME.fullmatch(entry.name) and (entry / "index.json").is_file()]
+    found = [entry for entry in root.glob("step-*") if _NAME.fullmatch(entry.name)]
     return sorted(found, key=lambda entry: int(entry.name.split("-")[1]))
 
 
@@ -183,9 +186,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         index = json.loads((path / "index.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable checkpoint: {error}") from None
-    if index.get("format") != FORMAT:
-        raise UserError(f"{path}: checkpoint format {index.get('format')}, this program reads {FORMAT}")
+        raise UserError(f"{path}: not a whole checkpoint ({error}); remove it to use an older one") from None
+    given = index.get("format") if isinstance(index, dict) else None
+    if given != FORMAT:
+        raise UserError(f"{path}: checkpoint format {given}, this program reads {FORMAT}")
     for partition in index["partitions"]:
         file = path / partition["name"]
         if not file.is_file() or file.stat().st_size != partition["bytes"]:
@@ -277,15 +281,37 @@ class Fragments:
             yield name, self.read(kind, name, 0, int(torch.Size(shape).numel())).reshape(shape)
 
 
+def check_fits(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]], kinds: Iterable[str]) -> None:
+    """Refuse a checkpoint that cannot be restored into a model; reads its index alone.
+
+    Args:
+        checkpoint: to be restored.
+        shapes: of every parameter of the model.
+        kinds: names of the tensors that are kept of each parameter.
+
+    Raises:
+        UserError: names the first parameter or average that differs.
+    """
+    saved = {name: tuple(shape) for name, shape in checkpoint.index["parameters"].items()}
+    for name in sorted(saved | dict(shapes)):
+        ours, theirs = (table.get(name, "absent") for table in (shapes, saved))
+        if ours != theirs:
+            raise UserError(
+                f"{checkpoint.path}: {name} is {theirs} there and {ours} in the config's model; start another run_dir"
+            )
+    if missing := sorted(set(kinds) - set(checkpoint.index["kinds"])):
+        raise UserError(f"{checkpoint.path}: holds no {missing[0]}, which the config asks for; start another run_dir")
+
+
 def restore(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
     """Copy a checkpoint into a rank's pieces.
 
     Args:
-        checkpoint: written by any world size and ZeRO stage.
+        checkpoint: written by any world size and ZeRO stage, and found fit by `check_fits`.
         pieces: from `Engine.pieces`; call `Engine.refresh` afterwards.
 
     Raises:
-        UserError: the checkpoint is of another model, or lacks an average that the config asks for.
+        UserError: it lacks something all the same.
     """
     fragments = Fragments(checkpoint)
     for piece in pieces:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fmscale.errors import UserError
 from fmscale.files import replace_text
 
 
@@ -75,7 +76,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last line break is not whole
+    try:
+        return [json.loads(line) for line in lines[:-1]]  # what follows the last line break is not whole
+    except ValueError as error:
+        raise UserError(f"{path}: not what was written there ({error}); mend or remove it") from None
 
 
 def keep_before(path: Path, first_step: int) -> None:

@@ -14,7 +14,7 @@ EMA_PREFIX = "ema_"
 
 def ema_name(decay: float) -> str:
     """Name of the averaged weights with this decay, in optimizer state and checkpoints."""
-    return f"{EMA_PREFIX}{decay:g}"
+    return f"{EMA_PREFIX}{decay!r}"
 
 
 def ema_decay(decay: float, updates: int) -> float:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from fmscale.distributed import World, free_port, rank_environment
 from fmscale.engine.optim import EMA_PREFIX, AdamWEMA
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WEIGHT = "weight"
 
 
@@ -68,7 +67,7 @@ def deepspeed_config(zero_stage: int, dtype: str, micro_batch: int, clip_norm: f
 
     Args:
         zero_stage: 1, 2 or 3.
-        dtype: key of `DTYPES`.
+        dtype: `bf16` or `fp32`.
         micro_batch: images per rank and backward.
         clip_norm: largest global gradient norm, 0 for none.
     """
@@ -113,11 +112,6 @@ class Engine:
         self.engine, self.zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         for flat in self._flat_partitions():
             optimizer.init_state(flat)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights that the forward pass multiplies with."""
-        return self.params[0].dtype
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """The model's forward pass."""

@@ -13,12 +13,15 @@ from fmscale.flow.noise import draw_noise
 NOISE_KEY = "noise_key"  # in a reflow pair's json: the key that `draw_noise` regenerates its noise from
 
 
-def independent(shape: Sequence[int], meta: Mapping[str, Any], place: tuple[int | str, ...]) -> Tensor:
+ReadMeta = Callable[[], Mapping[str, Any]]
+
+
+def independent(shape: Sequence[int], read_meta: ReadMeta, place: tuple[int | str, ...]) -> Tensor:
     """Fresh noise for each sample and step.
 
     Args:
         shape: of the sample's latents, (C, H, W).
-        meta: the sample's json; has no part in it.
+        read_meta: reads the sample's json; has no part in it.
         place: seed, step and slot in the global batch.
 
     Returns:
@@ -27,12 +30,12 @@ def independent(shape: Sequence[int], meta: Mapping[str, Any], place: tuple[int 
     return draw_noise(shape, "noise", *place)
 
 
-def paired(shape: Sequence[int], meta: Mapping[str, Any], place: tuple[int | str, ...]) -> Tensor:
+def paired(shape: Sequence[int], read_meta: ReadMeta, place: tuple[int | str, ...]) -> Tensor:
     """The noise from which a teacher made this sample.
 
     Args:
         shape: of the sample's latents, (C, H, W).
-        meta: the pair's json, which holds the key of its noise.
+        read_meta: reads the pair's json, which holds the key of its noise.
         place: has no part in it.
 
     Returns:
@@ -43,6 +46,7 @@ def paired(shape: Sequence[int], meta: Mapping[str, Any], place: tuple[int | str
 
     Source: Liu et al. 2022, arXiv:2209.03003, sec. 2.2 (reflow).
     """
+    meta = read_meta()
     if NOISE_KEY not in meta:
         raise UserError(
             "flow.coupling: `paired` needs a dataset made by `fmscale reflow`; this one's samples name no noise"
@@ -50,7 +54,7 @@ def paired(shape: Sequence[int], meta: Mapping[str, Any], place: tuple[int | str
     return draw_noise(shape, *meta[NOISE_KEY])
 
 
-COUPLINGS: dict[str, Callable[[Sequence[int], Mapping[str, Any], tuple[int | str, ...]], Tensor]] = {
+COUPLINGS: dict[str, Callable[[Sequence[int], ReadMeta, tuple[int | str, ...]], Tensor]] = {
     "independent": independent,
     "paired": paired,
 }

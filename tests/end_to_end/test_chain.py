@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import torch
 from PIL import Image
 
 from fmscale import digits
+from fmscale.cli import main
 from fmscale.config import EncodeConfig, ReflowConfig, TrainConfig, check, load, merge, parse_overrides
+from fmscale.data.index import Index
+from fmscale.data.index_build import build_index
 from fmscale.encode import encode
 from fmscale.encoders.text import expand
 from fmscale.errors import UserError
@@ -132,3 +136,63 @@ def test_pairs_train(chain: Path, tmp_path: Path) -> None:
     ]
     train(check(TrainConfig, merge(source, parse_overrides([*overrides, "global_batch=4"])), "test"))
     assert (tmp_path / "student" / "checkpoints" / "step-00000001").is_dir()
+
+
+def test_every_command_that_succeeds_exits_with_zero(chain: Path, tmp_path: Path) -> None:
+    """Through the command line, as a user calls them."""
+    pairs = ["data.path=" + str(chain / "latents"), "pairs=2", "solver_steps=2"]
+    commands = [
+        ["encode", chain / "encode.yaml", f"out={tmp_path / 'latents'}"],
+        ["index", tmp_path / "latents"],
+        ["index", tmp_path / "latents", "--verify"],
+        ["index", tmp_path / "latents", "--repair"],
+        ["train", chain / "train.yaml", f"run_dir={tmp_path / 'run'}", "steps=1", "global_batch=2", "micro_batch=2"],
+        ["sample", chain / "run", "--prompt", "a handwritten one", "--images", "1", "--out", tmp_path / "run.png"],
+        [
+            "sample",
+            chain / "export",
+            "--prompt",
+            "a handwritten one",
+            "--images",
+            "1",
+            "--out",
+            tmp_path / "export.png",
+        ],
+        ["export", chain / "run", tmp_path / "export"],
+        ["reflow", "configs/reflow.yaml", f"teacher={chain / 'run'}", f"out={tmp_path / 'pairs'}", *pairs],
+    ]
+    for command in commands:
+        assert main([str(part) for part in command]) == 0, command
+    sizes = {Image.open(tmp_path / name).size for name in ("run.png", "export.png")}
+    assert sizes == {(72, 117)}
+
+
+def test_an_exported_folder_has_one_set_of_weights(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["sample", str(chain / "export"), "--prompt", "a", "--weights", "raw"]
+    assert main(command) == 2
+    assert "leave out --step, --weights, --vae and --text-encoder" in capsys.readouterr().err
+
+
+def test_a_teacher_of_other_encoders_is_refused(chain: Path, tmp_path: Path) -> None:
+    shutil.copytree(chain / "latents", tmp_path / "latents")
+    made_by = dict(Index.open(tmp_path / "latents").made_by or {})
+    build_index(tmp_path / "latents", {**made_by, "vae": {**made_by["vae"], "scale": 3.0}})
+    data = {"teacher": str(chain / "run"), "data": {"path": str(tmp_path / "latents")}, "out": str(tmp_path / "pairs")}
+    with pytest.raises(UserError, match="not made by the same VAE and text encoders"):
+        reflow(check(ReflowConfig, {**data, "pairs": 2}, "test"))
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_networks_that_have_moved_are_found_again(chain: Path, tmp_path: Path) -> None:
+    run = open_run(chain / "run")
+    moved = tmp_path / "run"
+    shutil.copytree(chain / "run", moved)
+    index_json = next((moved / "checkpoints").glob("step-*6")) / "index.json"
+    index_json.write_text(index_json.read_text().replace(str(chain / "encoders"), "/gone"))
+    with pytest.raises(
+        UserError, match="clip_l of the dataset is no longer there; give its folder: --text-encoder clip_l="
+    ):
+        open_generator(moved)
+    roles = {role: str(chain / "encoders" / role) for role in ("clip_l", "clip_g")}
+    generator = open_generator(moved, text_encoders=roles)
+    assert generator.t5_length == run.made_by["t5_length"]

@@ -13,6 +13,7 @@ from fmscale.config import TrainConfig
 from fmscale.data.index import Index
 from fmscale.data.index_build import build_index
 from fmscale.dataset import open_mixture
+from fmscale.encoders.null import load_null, save_null
 from fmscale.engine.metrics import read_metrics
 from fmscale.errors import UserError
 from fmscale.train import draw_step, drop_text, train
@@ -105,4 +106,46 @@ def test_a_mixture_of_other_encoders_is_refused(tmp_path: Path, dataset: Path, m
     parts = f"data.mixture=[{{path: {dataset}, weight: 1.0}}, {{path: {other}, weight: 3.0}}]"
     with pytest.raises(UserError, match=r"other and .* were not made by the same VAE and text encoders"):
         train(make_config(tmp_path / "run", "data.path=null", parts))
+    assert not (tmp_path / "run").exists()
+
+
+def written(run_dir: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("model.heads=4", r"is \(.*\) there and \(.*\) in the config's model"),
+        ("model.layers=3", r"is absent there and \(.*\) in the config's model"),
+        ("model.dual_attention_layers=[9]", "dual_attention_layers"),
+        ("ema.decays=[0.5]", r"holds no ema_0\.5"),
+        ("data.path=OTHER", "is not the dataset of"),
+        ("data.path=NULL", "the features of the empty caption in .* are not those"),
+    ],
+)
+def test_a_refused_start_changes_nothing(
+    tmp_path: Path, dataset: Path, make_config: Make, change: str, said: str
+) -> None:
+    """Even where the user has allowed a change of config."""
+    if change.endswith("OTHER"):
+        change = f"data.path={damage(dataset, tmp_path / 'other', 0.1)}"
+        build_index(tmp_path / "other", {"program": "tests", "t5_length": 32})
+    if change.endswith("NULL"):
+        shutil.copytree(dataset, tmp_path / "null")
+        stored = load_null(
+            dataset, {name: shape for name, (_, shape) in Index.open(dataset).layout.items() if "clip" in name}
+        )
+        save_null(tmp_path / "null", {name: value + 1 for name, value in stored.items()})
+        change = f"data.path={tmp_path / 'null'}"
+    train(make_config(tmp_path / "run", "steps=2"))
+    before = written(tmp_path / "run")
+    with pytest.raises(UserError, match=said):
+        train(make_config(tmp_path / "run", "steps=4", change), allow_changes=True)
+    assert written(tmp_path / "run") == before
+
+
+def test_an_invalid_model_leaves_no_run_directory(tmp_path: Path, make_config: Make) -> None:
+    with pytest.raises(UserError, match="dual_attention_layers"):
+        train(make_config(tmp_path / "run", "model.dual_attention_layers=[9]"))
     assert not (tmp_path / "run").exists()

@@ -173,7 +173,7 @@ def test_open_refuses_other_versions_and_damaged_columns(index: Index) -> None:
     folder = index.path / "index"
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"version": 99}))
-    with pytest.raises(UserError, match="version 99, this program reads 1"):
+    with pytest.raises(UserError, match="version 99, this program reads 2"):
         Index.open(index.path)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="cannot be used"):

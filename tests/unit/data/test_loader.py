@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from fmscale.data.mixture import Mixture
 from fmscale.data.order import Order, split
 
 
-def noise(shape: tuple[int, ...], step: int, slot: int, meta: dict[str, Any]) -> Tensor:
-    return torch.full(shape, 1000.0 * step + slot + meta["number"] / 100)
+def noise(shape: tuple[int, ...], step: int, slot: int, read_meta: Callable[[], dict[str, Any]]) -> Tensor:
+    return torch.full(shape, 1000.0 * step + slot + read_meta()["number"] / 100)
 
 
 def make_order(index: Index, global_batch: int) -> Order:
@@ -61,7 +62,7 @@ def test_batches_hold_the_ordered_samples(index: Index, samples) -> None:
         for i, key in enumerate(batch.keys):
             tensors, meta = stored[key]
             assert all(torch.equal(batch.tensors[name][i], tensors[name]) for name in tensors)
-            drawn = noise(tuple(tensors["latents"].shape), step, int(batch.slots[i]), meta)
+            drawn = noise(tuple(tensors["latents"].shape), step, int(batch.slots[i]), partial(dict, meta))
             assert torch.equal(batch.noise[i], drawn)
 
 

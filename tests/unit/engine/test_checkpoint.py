@@ -16,7 +16,17 @@ import pytest
 import torch
 
 from fmscale.engine import checkpoint
-from fmscale.engine.checkpoint import Fragments, at_step, find_all, latest, open_checkpoint, restore, save, verify
+from fmscale.engine.checkpoint import (
+    Fragments,
+    at_step,
+    check_fits,
+    find_all,
+    latest,
+    open_checkpoint,
+    restore,
+    save,
+    verify,
+)
 from fmscale.engine.zero import Piece
 from fmscale.errors import UserError
 
@@ -89,6 +99,25 @@ def test_old_ones_go_once_the_new_one_is_whole(tmp_path: Path) -> None:
         at_step(tmp_path, 1)
 
 
+def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    found = at_step(tmp_path, 1)
+    check_fits(found, SHAPES, ["weight", "exp_avg"])
+    with pytest.raises(UserError, match=r"matrix is \(3, 4\) there and \(2, 4\) in the config's model"):
+        check_fits(found, {**SHAPES, "matrix": (2, 4)}, ["weight"])
+    with pytest.raises(UserError, match=r"more is absent there and \(1,\) in"):
+        check_fits(found, {**SHAPES, "more": (1,)}, ["weight"])
+    with pytest.raises(UserError, match=r"holds no ema_0\.9, which the config asks for"):
+        check_fits(found, SHAPES, ["weight", "ema_0.9"])
+
+
+def test_a_folder_that_lost_its_index_is_not_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    (write(tmp_path, 2) / "index.json").unlink()
+    with pytest.raises(UserError, match="step-00000002: not a whole checkpoint"):
+        latest(tmp_path)
+
+
 def spoil(file: Path, how: str) -> None:
     content = file.read_bytes()
     if how == "flipped bit":
@@ -111,7 +140,7 @@ def test_damage_is_named(tmp_path: Path, how: str, said: str) -> None:
 
 def test_an_unreadable_index_is_named(tmp_path: Path) -> None:
     (write(tmp_path, 1) / "index.json").write_text("{")
-    with pytest.raises(UserError, match="step-00000001: not a readable checkpoint"):
+    with pytest.raises(UserError, match="step-00000001: not a whole checkpoint"):
         latest(tmp_path)
 
 

@@ -110,10 +110,10 @@ def test_noise_depends_on_its_key_alone() -> None:
 
 def test_couplings() -> None:
     key = ["reflow", 7, 3]
-    assert torch.equal(paired((2, 4, 4), {NOISE_KEY: key}, (0, 1, 2)), draw_noise((2, 4, 4), *key))
-    assert torch.equal(independent((2, 4, 4), {}, (0, 1, 2)), draw_noise((2, 4, 4), "noise", 0, 1, 2))
+    assert torch.equal(paired((2, 4, 4), lambda: {NOISE_KEY: key}, (0, 1, 2)), draw_noise((2, 4, 4), *key))
+    assert torch.equal(independent((2, 4, 4), dict, (0, 1, 2)), draw_noise((2, 4, 4), "noise", 0, 1, 2))
     with pytest.raises(UserError, match="fmscale reflow"):
-        paired((2, 4, 4), {}, (0, 1, 2))
+        paired((2, 4, 4), dict, (0, 1, 2))
 
 
 @pytest.mark.parametrize(("solve", "order"), [(euler, 1), (heun, 2)])

@@ -1,0 +1,103 @@
+"""Safetensors in memory: the table at their head, and tensors that point into the bytes instead of copying them."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmscale.data.tar import DamageError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+MAX_HEAD_BYTES = 100_000_000  # the format's own limit
+
+
+class Entry(NamedTuple):
+    """A tensor in a file: dtype as the format spells it, shape, and its bytes behind the head."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def head_bytes(prefix: bytes | memoryview, size: int) -> int:
+    """Length of the head that follows the first eight bytes.
+
+    Args:
+        prefix: the first eight bytes of the file.
+        size: of the whole file, in bytes.
+
+    Raises:
+        DamageError: it is no such file.
+    """
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(size - 8, MAX_HEAD_BYTES):
+        raise DamageError("is no safetensors file")
+    return length
+
+
+def parse_head(head: bytes | memoryview, stored_bytes: int) -> dict[str, Entry]:
+    """The table of a file's tensors, in the order of their names.
+
+    Args:
+        head: the json behind the first eight bytes.
+        stored_bytes: how many bytes follow it.
+
+    Raises:
+        DamageError: it is no such table, a type is not among `DTYPES`, or the tensors do not fill those bytes exactly.
+    """
+    try:
+        table = json.loads(bytes(head))
+        table.pop("__metadata__", None)
+        entries = {
+            name: Entry(str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
+            for name, entry in sorted(table.items())
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamageError("is no safetensors file") from error
+    at = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.dtype not in DTYPES:
+            raise DamageError(f"holds tensor {name!r} as {entry.dtype}; one of {', '.join(DTYPES)} can be read")
+        size = prod(entry.shape) * DTYPES[entry.dtype].itemsize
+        if min(entry.shape, default=0) < 0 or (entry.start, entry.end) != (at, at + size):
+            raise DamageError("holds other data than its head says")
+        at = entry.end
+    if at != stored_bytes:
+        raise DamageError("holds other data than its head says")
+    return entries
+
+
+def views(data: memoryview) -> dict[str, Tensor]:
+    """The tensors of a file in memory; they share its bytes, which must be writable, and be left alone while they live.
+
+    Raises:
+        DamageError: as for `parse_head`.
+    """
+    begin = 8 + head_bytes(data[:8], len(data))
+    tensors = {}
+    for name, entry in parse_head(data[8:begin], len(data) - begin).items():
+        dtype, count = DTYPES[entry.dtype], prod(entry.shape)
+        if not count:
+            tensors[name] = torch.empty(entry.shape, dtype=dtype)
+            continue
+        flat = torch.frombuffer(data, dtype=torch.uint8, count=entry.end - entry.start, offset=begin + entry.start)
+        if flat.data_ptr() % dtype.itemsize:  # a writer that does not align
+            flat = flat.clone()
+        tensors[name] = flat.view(dtype).reshape(entry.shape)
+    return tensors

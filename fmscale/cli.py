@@ -165,6 +165,18 @@ def _index(args: argparse.Namespace) -> int | None:
     return _program("encode").index(_path(args.dataset), action)
 
 
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DATASET", help="indexed folder of latent shards")
+    parser.add_argument("--html", default="inspect.html", metavar="FILE", help="page to write (%(default)s)")
+    parser.add_argument("--vae", metavar="DIR", help="the VAE that made the latents; the page then shows pictures")
+    parser.add_argument("--samples", type=_positive, default=5000, metavar="N", help="to read (%(default)s)")
+    parser.add_argument("--thumbnails", type=_positive, default=24, metavar="N", help="to decode (%(default)s)")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    _program("inspection").inspect_command(args)
+
+
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
     parser.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks; leave out under a launcher")
@@ -284,6 +296,12 @@ COMMANDS = {
         "fmscale index /data/latents --verify",
         _index_arguments,
         _index,
+    ),
+    "inspect": Command(
+        "what a dataset holds: buckets, captions, bytes, and a page with pictures",
+        "fmscale inspect quickstart/latents --html latents.html",
+        _inspect_arguments,
+        _inspect,
     ),
     "train": Command(
         "train; a run directory that holds a checkpoint is resumed",

@@ -2,6 +2,7 @@
 
 RUN/config.yaml       the merged config, written first
     environment.json  versions, git hash, host and devices of the last start
+    dataset.json      digest of every shard
     metrics.jsonl     one object per optimizer step
     tensorboard/      the same, as curves
     checkpoints/      step-00001000/ and so on
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 # Keys that leave the mathematics of a run alone: they may change between one start and the next.
 FREE_KEYS = {"run_dir", "micro_batch", "data.path", "data.workers", "engine.zero_stage"}
+DATASET = "dataset.json"
 FREE_PARTS = ("checkpoint.", "log.")
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "webdataset", "safetensors", "numpy")
 
@@ -84,12 +86,13 @@ def check_run_dir(config: TrainConfig, allow_changes: bool) -> None:
         )
 
 
-def start_run_dir(config: TrainConfig, devices: list[str]) -> None:
-    """Make the run directory and write what is going to run, and on what."""
+def start_run_dir(config: TrainConfig, devices: list[str], dataset: Mapping[str, Any]) -> None:
+    """Make the run directory and write what is going to run, on what machine, and on what data."""
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         replace_text(config.run_dir / "config.yaml", dump(config))
         replace_text(config.run_dir / "environment.json", json.dumps(environment(devices), indent=1) + "\n")
+        replace_text(config.run_dir / DATASET, json.dumps(dataset) + "\n")
     except OSError as error:
         raise UserError(f"run_dir: cannot write to {config.run_dir}: {error.strerror}") from None
 

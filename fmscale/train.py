@@ -9,6 +9,7 @@ train_step: flow/timesteps, flow/path ──► t, noisy_latents, velocity ; con
 from __future__ import annotations
 
 import functools
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from torch import Tensor
 from fmscale.batch import Batch
 from fmscale.config import TrainConfig
 from fmscale.data.loader import build_loader
+from fmscale.data.mixture import first_difference
 from fmscale.data.order import Split, split
 from fmscale.dataset import Dataset, open_dataset
 from fmscale.distributed import World, barrier, total, world_from_environment
@@ -37,7 +39,7 @@ from fmscale.flow.noise import keyed_generator
 from fmscale.flow.path import interpolate
 from fmscale.flow.timesteps import TIMESTEP_SAMPLERS, shift_timesteps
 from fmscale.log import get_logger, progress
-from fmscale.runs import build_model, check_run_dir, checkpoints_dir, start_run_dir
+from fmscale.runs import DATASET, build_model, check_run_dir, checkpoints_dir, start_run_dir
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -97,7 +99,7 @@ def train(config: TrainConfig, *, allow_changes: bool = False) -> None:
     job = Job(config, dataset.to(world.device), engine, world, portions)
     start = resume(job)
     if world.is_main:
-        start_run_dir(config, _device_names(world))
+        start_run_dir(config, _device_names(world), {"shards": dataset.mixture.shards()})
     loop(job, start)
 
 
@@ -123,8 +125,8 @@ def _check_same_data(config: TrainConfig, dataset: Dataset, found: checkpoints.C
     trained_on, ours = description["dataset"]["fingerprint"], dataset.mixture.fingerprint
     if trained_on != ours:
         raise UserError(
-            f"data: {dataset.mixture.name} is not the dataset of {found.path} "
-            f"(fingerprint {ours[:12]}, trained on {trained_on[:12]}); start another run_dir"
+            f"data: {dataset.mixture.name} is not what {found.path} was trained on: "
+            f"{_difference(config.run_dir, dataset)}; put it back, or start another run_dir"
         )
     same_null = description["null"] == config.conditioning.null
     if same_null and description["dataset"]["null_sha256"] != dataset.null_sha256:
@@ -132,6 +134,15 @@ def _check_same_data(config: TrainConfig, dataset: Dataset, found: checkpoints.C
             f"data: the features of the empty caption in {dataset.mixture.name} are not those that {found.path} was "
             "trained with; put the old null.safetensors back, or start another run_dir"
         )
+
+
+def _difference(run_dir: Path, dataset: Dataset) -> str:
+    """The first shard that differs from those that the run began with, as far as the run directory tells."""
+    try:
+        before = json.loads((run_dir / DATASET).read_text())["shards"]
+    except (OSError, ValueError, LookupError):
+        return "its fingerprint differs"
+    return first_difference(before, dataset.mixture.shards())
 
 
 def build_engine(config: TrainConfig, device: torch.device, micro_batch: int) -> Engine:

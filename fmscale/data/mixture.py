@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,6 +45,25 @@ class Address(NamedTuple):
 
     part: int
     row: int
+
+
+def first_difference(old: Sequence[Mapping[str, str]], new: Sequence[Mapping[str, str]]) -> str:
+    """In words, the first shard that is not what it was.
+
+    Args:
+        old, new: from `Mixture.shards`.
+    """
+    if len(old) != len(new):
+        return f"{len(old)} datasets before, {len(new)} now"
+    for before, now in zip(old, new, strict=True):
+        for name in sorted({*before, *now}):
+            if name not in now:
+                return f"{name} is gone"
+            if name not in before:
+                return f"{name} is new"
+            if before[name] != now[name]:
+                return f"{name} has other content"
+    return "the same shards in another order"
 
 
 class Mixture:
@@ -105,6 +124,10 @@ class Mixture:
     def made_by(self) -> dict[str, Any]:
         """What made the first of them; empty where nobody wrote it down."""
         return self.datasets[0].made_by or {}
+
+    def shards(self) -> list[dict[str, str]]:
+        """Per dataset, the digest of each shard by its name."""
+        return [{shard.name: shard.sha256 for shard in dataset.shards} for dataset in self.datasets]
 
     def order(self, global_batch: int, seed: int, run: int = 1) -> Order:
         """The order in which training sees the samples."""

@@ -17,6 +17,7 @@ from fmscale.cli import main
 from fmscale.config import EncodeConfig, ReflowConfig, TrainConfig, check, load, merge, parse_overrides
 from fmscale.data.index import Index
 from fmscale.data.index_build import build_index
+from fmscale.data.shards import ShardWriter
 from fmscale.encode import encode
 from fmscale.encoders.text import expand
 from fmscale.errors import UserError
@@ -146,6 +147,7 @@ def test_every_command_that_succeeds_exits_with_zero(chain: Path, tmp_path: Path
         ["index", tmp_path / "latents"],
         ["index", tmp_path / "latents", "--verify"],
         ["index", tmp_path / "latents", "--repair"],
+        ["inspect", tmp_path / "latents", "--html", tmp_path / "page.html"],
         ["train", chain / "train.yaml", f"run_dir={tmp_path / 'run'}", "steps=1", "global_batch=2", "micro_batch=2"],
         ["sample", chain / "run", "--prompt", "a handwritten one", "--images", "1", "--out", tmp_path / "run.png"],
         [
@@ -196,3 +198,22 @@ def test_networks_that_have_moved_are_found_again(chain: Path, tmp_path: Path) -
     roles = {role: str(chain / "encoders" / role) for role in ("clip_l", "clip_g")}
     generator = open_generator(moved, text_encoders=roles)
     assert generator.t5_length == run.made_by["t5_length"]
+
+
+def test_inspect_shows_the_dataset(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = tmp_path / "latents"
+    with ShardWriter(dataset, samples_per_shard=10) as writer:
+        for number, caption in enumerate(["a <script>alert(1)</script>", "two words", "two words", ""]):
+            writer.write(f"s{number}", {"latents": torch.zeros(4, 8, 8)}, {"caption": caption})
+    build_index(dataset, None)
+    page = tmp_path / "page.html"
+    vae = str(chain / "export" / "vae")
+    assert main(["inspect", str(dataset), "--html", str(page), "--vae", vae, "--thumbnails", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "4 in 1 shards" in said
+    assert "median 2; 1 empty, 1 repeated, of 4 read" in said
+    content = page.read_text()
+    assert content.count("<figure>") == content.count("data:image/png;base64,") == 3
+    assert "<script>" not in content
+    assert "&lt;script&gt;alert(1)" in content
+    assert main(["inspect", str(dataset), "--html", str(tmp_path / "none" / "page.html")]) == 2

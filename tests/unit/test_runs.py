@@ -35,7 +35,7 @@ def test_a_cosine_that_ends_at_steps_bends_with_them(tmp_path: Path, make_config
 
 
 def test_another_config_is_refused_unless_allowed(tmp_path: Path, make_config: Make) -> None:
-    start_run_dir(make_config(tmp_path / "run"), ["cpu"])
+    start_run_dir(make_config(tmp_path / "run"), ["cpu"], {})
     other = make_config(tmp_path / "run", "seed=1")
     check_run_dir(other, allow_changes=False)  # nothing was trained yet
     (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import webdataset
+from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from fmscale.data.index import Index
@@ -111,7 +111,8 @@ def read_fmscale(index: Index) -> Iterator[Any]:
 
 def read_safetensors(folder: Path) -> Iterator[Any]:
     def decode(sample: dict[str, Any]) -> tuple[Tensor, ...]:
-        return tuple(safetensors.torch.load(sample["safetensors"])[name] for name in SHAPES)
+        tensors = load_tensors(sample["safetensors"])
+        return tuple(tensors[name] for name in SHAPES)
 
     tars = [str(path) for path in sorted(folder.glob("*.tar"))]
     return iter(webdataset.WebDataset(tars, shardshuffle=4).shuffle(SHUFFLED_SAMPLES).map(decode).batched(BATCH))

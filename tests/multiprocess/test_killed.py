@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from fmscale.config import TrainConfig, dump
+from fmscale.distributed import World, rank_environment
 from fmscale.train import train
 
 STEPS = 60
@@ -29,15 +31,19 @@ def run_until_killed(config: TrainConfig, after: int) -> None:
     path = config.run_dir.with_suffix(".yaml")
     path.write_text(dump(config))
     command = [sys.executable, "-m", "fmscale", "train", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    ours = rank_environment(World(0, 0, 1), "", 0)  # which trainings in this process have left behind
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    with (config.run_dir.parent / "output.txt").open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
     try:
         deadline = time.monotonic() + PATIENCE_S
         while lines(config.run_dir) < after:
-            assert process.poll() is None, "it ended by itself"
+            assert process.poll() is None, (config.run_dir.parent / "output.txt").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.01)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert lines(config.run_dir) < STEPS
 

@@ -152,10 +152,10 @@ class Index:
         shard, *place = (int(self._columns[name][row]) for name in ("shard", *Location._fields[1:]))
         return Location(self.path / self.shards[shard].name, *place)
 
-    def blank(self, height: int, width: int) -> dict[str, Tensor]:
-        """The tensors of a sample of this latent size, all zeros."""
+    def empty(self, height: int, width: int, count: int) -> dict[str, Tensor]:
+        """Memory for the tensors of so many samples of this latent size, each (count, ...), with any content."""
         return {
-            name: torch.zeros((*shape, height, width) if name == "latents" else shape, dtype=DTYPES[dtype])
+            name: torch.empty((count, *shape, *((height, width) if name == "latents" else ())), dtype=DTYPES[dtype])
             for name, (dtype, shape) in self.layout.items()
         }
 

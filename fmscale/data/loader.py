@@ -1,8 +1,7 @@
 """The road from step numbers to batches.
 
     1 work_items    step, micro-batch -> the samples of this rank       (order, split: pure functions of the step)
-    2 read_samples  byte ranges       -> decoded samples, or why not    (reader)
-    3 collate       samples, noise    -> Batch
+    2 make_batches  byte ranges       -> tensors, or why not; noise     (reader)
 
 A `webdataset.DataPipeline` in a `WebLoader`: worker i of W makes micro-batches i, i + W, …, and the loader takes
 turns among the workers, so their number changes nothing but speed.
@@ -23,7 +22,7 @@ from torch import Tensor
 from fmscale.batch import BadSample, Batch
 from fmscale.data.mixture import Address, MixedBucket, Mixture
 from fmscale.data.order import Order, Split
-from fmscale.data.reader import OpenShards, Room, Sample, Scratch, read_sample
+from fmscale.data.reader import OpenShards, Scratch, read_sample
 from fmscale.data.tar import DamageError
 
 Noise = Callable[[tuple[int, ...], int, int, Callable[[], dict[str, Any]]], Tensor]
@@ -36,14 +35,6 @@ class WorkItem(NamedTuple):
     bucket: MixedBucket
     slots: NDArray[Any]
     samples: tuple[Address | None, ...]
-
-
-class Slot(NamedTuple):
-    """What became of one slot: a sample; or none, because it is padding, or damaged (then `bad` says how)."""
-
-    key: str = ""
-    sample: Sample | None = None
-    bad: BadSample | None = None
 
 
 def build_loader(
@@ -76,9 +67,7 @@ def build_loader(
         `(stop_step - start_step) * split.accumulation` batches.
     """
     items = partial(work_items, mixture, order, split, rank, start_step, stop_step)
-    pipeline = webdataset.DataPipeline(
-        items, partial(read_samples, mixture=mixture), partial(collate, mixture=mixture, noise=noise)
-    )
+    pipeline = webdataset.DataPipeline(items, partial(make_batches, mixture=mixture, noise=noise))
     return iter(webdataset.WebLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin_memory))
 
 
@@ -97,43 +86,33 @@ def work_items(
         yield WorkItem(start_step + steps, mixture.buckets[plan.bucket], slots, samples)
 
 
-def read_samples(items: Iterable[WorkItem], mixture: Mixture) -> Iterator[tuple[WorkItem, list[Slot]]]:
-    """Each item with what its slots hold, until the next is asked for: they are read into the same memory."""
+def make_batches(items: Iterable[WorkItem], mixture: Mixture, noise: Noise) -> Iterator[Batch]:
+    """Read what each item asks for; a slot that is padding, or whose sample is damaged, holds zeros with weight 0."""
     scratch = Scratch()
     with OpenShards() as shards:
         for item in items:
-            rooms = [partial(scratch.room, number) for number in range(len(item.samples))]
-            yield item, [_read_slot(mixture, *pair, shards) for pair in zip(item.samples, rooms, strict=True)]
+            yield _make_batch(item, mixture, noise, shards, scratch)
 
 
-def _read_slot(mixture: Mixture, address: Address | None, room: Room, shards: OpenShards) -> Slot:
-    if address is None:
-        return Slot()
-    key, location = mixture.key(address), mixture.location(address)
-    try:
-        return Slot(key, read_sample(location, shards, room))
-    except DamageError as damage:
-        return Slot(key, bad=BadSample(key, location.shard.name, str(damage)))
-
-
-def collate(work: Iterable[tuple[WorkItem, list[Slot]]], mixture: Mixture, noise: Noise) -> Iterator[Batch]:
-    """Stack samples to batches; a slot without a sample holds zeros, with weight 0."""
-    for item, slots in work:
-        whole = all(slot.sample for slot in slots)
-        blank = {} if whole else mixture.blank(item.bucket)
-        stored = [slot.sample.tensors if slot.sample else blank for slot in slots]
-        shape = tuple(stored[0]["latents"].shape)
-        drawn = [
-            noise(shape, item.step, int(place), slot.sample.read_meta) if slot.sample else torch.zeros(shape)
-            for place, slot in zip(item.slots, slots, strict=True)
-        ]
-        yield Batch(
-            step=item.step,
-            bucket=(item.bucket.height, item.bucket.width),
-            slots=torch.from_numpy(item.slots),
-            weight=torch.tensor([float(slot.sample is not None) for slot in slots]),
-            tensors={name: torch.stack([tensors[name] for tensors in stored]) for name in mixture.layout},
-            noise=torch.stack(drawn),
-            keys=tuple(slot.key for slot in slots),
-            bad=tuple(slot.bad for slot in slots if slot.bad),
-        )
+def _make_batch(item: WorkItem, mixture: Mixture, noise: Noise, shards: OpenShards, scratch: Scratch) -> Batch:
+    """Each sample is copied to its row as soon as it is read, while the processor's cache still holds it."""
+    count = len(item.samples)
+    tensors = mixture.empty(item.bucket, count)
+    shape = tuple(tensors["latents"].shape[1:])
+    drawn, weight = torch.zeros(count, *shape), torch.zeros(count)
+    keys, bad = [""] * count, []
+    for row, (slot, address) in enumerate(zip(item.slots.tolist(), item.samples, strict=True)):
+        sample = None
+        if address is not None:
+            keys[row], location = mixture.key(address), mixture.location(address)
+            try:
+                sample = read_sample(location, shards, scratch.room)
+            except DamageError as damage:
+                bad.append(BadSample(keys[row], location.shard.name, str(damage)))
+        if sample is not None:
+            drawn[row] = noise(shape, item.step, slot, sample.read_meta)
+            weight[row] = 1
+        for name, tensor in tensors.items():
+            tensor[row] = 0 if sample is None else sample.tensors[name]
+    size = (item.bucket.height, item.bucket.width)
+    return Batch(item.step, size, torch.from_numpy(item.slots), weight, tensors, drawn, tuple(keys), tuple(bad))

@@ -148,6 +148,6 @@ class Mixture:
         """Where a sample's bytes lie."""
         return self.datasets[address.part].location(address.row)
 
-    def blank(self, bucket: MixedBucket) -> dict[str, Tensor]:
-        """The tensors of a sample of this bucket, all zeros."""
-        return self.datasets[0].blank(bucket.height, bucket.width)
+    def empty(self, bucket: MixedBucket, count: int) -> dict[str, Tensor]:
+        """Memory for the tensors of so many samples of this bucket, each (count, ...), with any content."""
+        return self.datasets[0].empty(bucket.height, bucket.width, count)

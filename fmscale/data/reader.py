@@ -54,13 +54,13 @@ class Scratch:
     """Memory that is used again and again: the first touch of fresh memory costs more than reading into it."""
 
     def __init__(self) -> None:
-        self._pieces: dict[int, bytearray] = {}
+        self._memory = bytearray()
 
-    def room(self, number: int, size: int) -> memoryview:
-        """`size` writable bytes; what was read into the room of this number before is lost."""
-        if len(self._pieces.get(number, b"")) < size:
-            self._pieces[number] = bytearray(size + size // 8)  # tensors may still look into the old piece
-        return memoryview(self._pieces[number])[:size]
+    def room(self, size: int) -> memoryview:
+        """`size` writable bytes; what was read into it before is lost."""
+        if len(self._memory) < size:
+            self._memory = bytearray(size + size // 8)  # tensors may still look into the old memory
+        return memoryview(self._memory)[:size]
 
 
 def fresh(size: int) -> memoryview:

@@ -36,9 +36,9 @@ def test_rows_are_grouped_by_bucket_then_shard_then_place(index: Index) -> None:
     assert numbers == [n for n in range(23) if n % 3] + [n for n in range(23) if n % 3 == 0]
     assert [(b.height, b.width, b.start, b.count) for b in index.buckets] == [(4, 8, 0, 15), (8, 8, 15, 8)]
     assert index.made_by == {"vae": "none"}
-    assert {name: (tensor.shape, tensor.dtype) for name, tensor in index.blank(4, 8).items()} == {
-        "latents": ((4, 4, 8), torch.bfloat16),
-        "clip_l": ((3, 5), torch.float32),
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in index.empty(4, 8, 2).items()} == {
+        "latents": ((2, 4, 4, 8), torch.bfloat16),
+        "clip_l": ((2, 3, 5), torch.float32),
     }
 
 

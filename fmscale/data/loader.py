@@ -24,6 +24,7 @@ from fmscale.data.mixture import Address, MixedBucket, Mixture
 from fmscale.data.order import Order, Split
 from fmscale.data.reader import OpenShards, Scratch, read_sample
 from fmscale.data.tar import DamageError
+from fmscale.errors import UserError
 
 Noise = Callable[[tuple[int, ...], int, int, Callable[[], dict[str, Any]]], Tensor]
 
@@ -63,12 +64,19 @@ def build_loader(
         workers: processes that read ahead; 0 reads in this one.
         pin_memory: put batches in page-locked memory.
 
-    Returns:
+    Yields:
         `(stop_step - start_step) * split.accumulation` batches.
+
+    Raises:
+        UserError: from `noise`.
+        RuntimeError: a worker died; its text begins with `DataLoader worker`.
     """
     items = partial(work_items, mixture, order, split, rank, start_step, stop_step)
     pipeline = webdataset.DataPipeline(items, partial(make_batches, mixture=mixture, noise=noise))
-    return iter(webdataset.WebLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin_memory))
+    try:
+        yield from webdataset.WebLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin_memory)
+    except UserError as error:  # torch puts a worker's traceback before the text
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
 def work_items(

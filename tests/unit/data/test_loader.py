@@ -14,6 +14,7 @@ from fmscale.data.index import Index
 from fmscale.data.loader import build_loader
 from fmscale.data.mixture import Mixture
 from fmscale.data.order import Order, split
+from fmscale.errors import UserError
 
 
 def noise(shape: tuple[int, ...], step: int, slot: int, read_meta: Callable[[], dict[str, Any]]) -> Tensor:
@@ -134,3 +135,25 @@ def test_everything_a_worker_needs_can_be_sent_to_it(index: Index, monkeypatch: 
 
 def test_no_steps_are_no_batches(index: Index, tmp_path: Path) -> None:
     assert load(index, start=3, stop=3) == []
+
+
+def no_noise(shape: tuple[int, ...], step: int, slot: int, read_meta: Callable[[], dict[str, Any]]) -> Tensor:
+    raise UserError("data.path: no noise here; give other data")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_users_mistake_in_a_worker_is_one_line_here(index: Index, workers: int) -> None:
+    with pytest.raises(UserError) as caught:
+        next(
+            build_loader(
+                Mixture([index]),
+                make_order(index, 4),
+                split(4, 1, 4),
+                rank=0,
+                start_step=0,
+                stop_step=1,
+                noise=no_noise,
+                workers=workers,
+            )
+        )
+    assert str(caught.value) == "data.path: no noise here; give other data"

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fmscale.batch import Batch
@@ -85,6 +87,19 @@ def test_workers_change_nothing(index: Index, workers: int) -> None:
 def test_a_later_start_gives_the_rest_of_the_run(index: Index) -> None:
     whole = by_slot(load(index))
     assert by_slot(load(index, start=2)) == {place: value for place, value in whole.items() if place[0] >= 2}
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(1, 16), st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=5))
+def test_any_history_gives_the_global_batches_of_one_rank(index: Index, history: list[tuple[int, int, int]]) -> None:
+    """Stopped anywhere, started again in any world with any micro-batch."""
+    steps = sum(length for _, _, length in history)
+    found: dict[tuple[int, int], tuple[Any, ...]] = {}
+    start = 0
+    for world_size, micro_batch, length in history:
+        found |= by_slot(load(index, 17, world_size, micro_batch, start, start + length))
+        start += length
+    assert found == by_slot(load(index, 17, 1, 17, 0, steps))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

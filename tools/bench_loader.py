@@ -45,6 +45,7 @@ SHAPES = {
 
 
 def main() -> None:
+    """Write both datasets, time every side over them, print the table."""
     args = parse_args()
     with tempfile.TemporaryDirectory() as folder:
         ours, members = Path(folder, "indexed"), Path(folder, "members")
@@ -68,6 +69,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Compare fmscale's loader with stock webdataset.")
     parser.add_argument("--samples", type=int, default=512, help="per side and repeat, a multiple of 16 (%(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="(%(default)s)")
@@ -76,17 +78,20 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_tensors(number: int) -> dict[str, Tensor]:
+    """The number-th sample: `SHAPES` in bf16, random."""
     generator = torch.Generator().manual_seed(number)
     return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in SHAPES.items()}
 
 
 def write_indexed(folder: Path, samples: int) -> None:
+    """Four shards as `fmscale encode` writes them; the index comes later."""
     with ShardWriter(folder, samples_per_shard=samples // 4) as writer:
         for number in range(samples):
             writer.write(f"{number:06d}", make_tensors(number), {"caption": "a caption"})
 
 
 def write_members(folder: Path, samples: int) -> None:
+    """Four shards with one .pth member for each tensor."""
     folder.mkdir()
     for shard in range(4):
         with webdataset.TarWriter(str(folder / f"{shard:05d}.tar")) as tar:
@@ -96,6 +101,7 @@ def write_members(folder: Path, samples: int) -> None:
 
 
 def read_fmscale(index: Index) -> Iterator[Any]:
+    """Batches of fmscale's loader, in this process."""
     mixture = Mixture([index])
     batches = len(index) // BATCH
     return build_loader(
@@ -110,6 +116,8 @@ def read_fmscale(index: Index) -> Iterator[Any]:
 
 
 def read_safetensors(folder: Path) -> Iterator[Any]:
+    """Batches of stock webdataset over one safetensors member per sample."""
+
     def decode(sample: dict[str, Any]) -> tuple[Tensor, ...]:
         tensors = load_tensors(sample["safetensors"])
         return tuple(tensors[name] for name in SHAPES)
@@ -119,6 +127,7 @@ def read_safetensors(folder: Path) -> Iterator[Any]:
 
 
 def read_members(folder: Path) -> Iterator[Any]:
+    """Batches of stock webdataset over .pth members."""
     tars = [str(path) for path in sorted(folder.glob("*.tar"))]
     dataset = webdataset.WebDataset(tars, shardshuffle=4).shuffle(SHUFFLED_SAMPLES).decode()
     return iter(dataset.to_tuple(*(f"{name}.pth" for name in SHAPES)).batched(BATCH))
@@ -139,6 +148,7 @@ def measure(sides: dict[str, Callable[[], Iterator[Any]]], samples: int, repeats
 
 
 def summarise(times: dict[str, list[float]], samples: int) -> dict[str, dict[str, float]]:
+    """CPU milliseconds per sample of each side: median, least, most; and the median against fmscale's."""
     ours = statistics.median(times["fmscale"])
     return {
         name: {
@@ -152,6 +162,7 @@ def summarise(times: dict[str, list[float]], samples: int) -> dict[str, dict[str
 
 
 def table(report: dict[str, dict[str, float]]) -> str:
+    """The figures as Markdown."""
     rows = ["| loader | CPU ms per sample (min … max) | against fmscale |", "|---|---|---|"]
     for name, side in report.items():
         spread = f"{side['ms_per_sample']:.3f} ({side['ms_min']:.3f} … {side['ms_max']:.3f})"

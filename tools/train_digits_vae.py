@@ -36,6 +36,7 @@ WARMUP_STEPS = 50
 
 
 def main() -> None:
+    """Train, measure what is stored, write the folder."""
     args = parse_args()
     torch.manual_seed(args.seed)
     split = digits.load_split()
@@ -50,6 +51,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Train the quickstart's VAE on handwritten digits.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=2000)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,3 +48,18 @@ def dataset_path(tmp_path: Path, samples: list[StoredSample]) -> Path:
 @pytest.fixture
 def index(dataset_path: Path) -> Index:
     return build_index(dataset_path, {"vae": "none"})
+
+
+@pytest.fixture(scope="session")
+def write_tar() -> Callable[[Path, list[tuple[str, bytes]]], None]:
+    """Writes a tar of (name, content) members, as any other program might."""
+
+    def write(path: Path, members: list[tuple[str, bytes]]) -> None:
+        path.parent.mkdir(exist_ok=True)
+        with tarfile.open(path, "w") as archive:
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+
+    return write

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ from PIL import Image
 from fmscale.batch import BadSample
 from fmscale.data.images import ImageError, SourceImage, fit, load_image, read_images, safe_key, was_squared
 from fmscale.errors import UserError
+
+WriteTar = Callable[[Path, list[tuple[str, bytes]]], None]
 
 MAX_PIXELS = 10_000
 
@@ -25,14 +27,6 @@ def encode(pixels: np.ndarray | Image.Image, form: str = "PNG", **options: objec
 
 
 RED = encode(np.full((6, 4, 3), (255, 0, 0), dtype=np.uint8))
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
 
 
 def test_a_folder_gives_pictures_with_the_text_beside_them(tmp_path: Path) -> None:
@@ -64,7 +58,7 @@ def test_two_pictures_of_one_name_are_not_both_taken(tmp_path: Path) -> None:
     assert found[1] == BadSample("a", "a.png", "same name as a.jpg: one caption cannot serve two images")
 
 
-def test_tars_give_txt_or_json_captions(tmp_path: Path) -> None:
+def test_tars_give_txt_or_json_captions(tmp_path: Path, write_tar: WriteTar) -> None:
     meta = {"caption": "from json", "width": 4}
     write_tar(tmp_path / "00000.tar", [("000000001.jpg", RED), ("000000001.txt", b"from txt"), ("000000002.png", RED)])
     write_tar(tmp_path / "00001.tar", [("d/1.webp", RED), ("d/1.json", json.dumps(meta).encode()), ("d/2.json", b"{}")])
@@ -89,7 +83,7 @@ def test_tars_give_txt_or_json_captions(tmp_path: Path) -> None:
         ([("a.jpg", RED), ("a.json", b'{"caption": null}')], "no caption"),
     ],
 )
-def test_tar_samples_that_cannot_be_used_are_named(tmp_path: Path, members, reason: str) -> None:
+def test_tar_samples_that_cannot_be_used_are_named(tmp_path: Path, members, reason: str, write_tar: WriteTar) -> None:
     write_tar(tmp_path / "x.tar", [*members, ("z.jpg", RED), ("z.txt", b"sound")])
     bad, sound = read_images(tmp_path)
     assert isinstance(bad, BadSample)
@@ -97,7 +91,7 @@ def test_tar_samples_that_cannot_be_used_are_named(tmp_path: Path, members, reas
     assert isinstance(sound, SourceImage)
 
 
-def test_a_key_that_comes_twice_is_named(tmp_path: Path) -> None:
+def test_a_key_that_comes_twice_is_named(tmp_path: Path, write_tar: WriteTar) -> None:
     sample = [("a.jpg", RED), ("a.txt", b"x")]
     write_tar(tmp_path / "x.tar", [*sample, ("b.jpg", RED), ("b.txt", b"x"), *sample])
     *sound, bad = read_images(tmp_path)
@@ -105,7 +99,7 @@ def test_a_key_that_comes_twice_is_named(tmp_path: Path) -> None:
     assert bad == BadSample("x__a", "x.tar", "its key comes twice in the tar, or its members do not lie side by side")
 
 
-def test_a_cut_tar_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+def test_a_cut_tar_is_named_and_the_others_are_read(tmp_path: Path, write_tar: WriteTar) -> None:
     for name in ("a.tar", "b.tar"):
         write_tar(
             tmp_path / name, [(f"{key}.{end}", data) for key in "xyz" for end, data in (("jpg", RED), ("txt", b"t"))]
@@ -118,7 +112,7 @@ def test_a_cut_tar_is_named_and_the_others_are_read(tmp_path: Path) -> None:
     assert found[1] == BadSample("", "a.tar", reason)
 
 
-def test_sources_that_hold_nothing_are_the_users_error_at_once(tmp_path: Path) -> None:
+def test_sources_that_hold_nothing_are_the_users_error_at_once(tmp_path: Path, write_tar: WriteTar) -> None:
     with pytest.raises(UserError, match="no such folder or tar"):
         read_images(tmp_path / "none")
     with pytest.raises(UserError, match=r"holds no \*.tar and no image"):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +16,11 @@ from fmscale.data.index import Index, verify
 from fmscale.data.index_build import build_index, repair_index
 from fmscale.errors import UserError
 
+WriteTar = Callable[[Path, list[tuple[str, bytes]]], None]
+
 
 def tensors(**changes: torch.Tensor) -> bytes:
     return safetensors.torch.save({"latents": torch.zeros(4, 8, 8), "clip_l": torch.zeros(3, 5)} | changes)
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
-    """A tar as any other program might have written it."""
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
 
 
 def test_rows_are_grouped_by_bucket_then_shard_then_place(index: Index) -> None:
@@ -51,7 +43,7 @@ def test_locations_tile_the_shards(index: Index) -> None:
         assert [place.offset for place in places] == ends[:-1]
 
 
-def test_mixed_shards_from_other_programs_are_indexed(tmp_path: Path) -> None:
+def test_mixed_shards_from_other_programs_are_indexed(tmp_path: Path, write_tar: WriteTar) -> None:
     long = "ü" * 150
     members = [
         ("__notes__/a.txt", b"for webdataset itself"),
@@ -113,7 +105,9 @@ def test_an_index_travels_as_its_path(index: Index) -> None:
         ([("a.safetensors", tensors()), ("b.safetensors", tensors(t5=torch.zeros(1)))], "others as absent"),
     ],
 )
-def test_what_cannot_be_trained_on_is_refused_by_name(tmp_path: Path, members, reason: str) -> None:
+def test_what_cannot_be_trained_on_is_refused_by_name(
+    tmp_path: Path, members, reason: str, write_tar: WriteTar
+) -> None:
     write_tar(tmp_path / "d" / "x.tar", members)
     with pytest.raises(UserError, match=reason) as caught:
         build_index(tmp_path / "d", None)
@@ -122,7 +116,7 @@ def test_what_cannot_be_trained_on_is_refused_by_name(tmp_path: Path, members, r
     assert [path.name for path in (tmp_path / "d").iterdir()] == ["x.tar"]
 
 
-def test_shards_must_agree_with_each_other(tmp_path: Path) -> None:
+def test_shards_must_agree_with_each_other(tmp_path: Path, write_tar: WriteTar) -> None:
     write_tar(tmp_path / "d" / "x.tar", [("a.safetensors", tensors())])
     write_tar(tmp_path / "d" / "y.tar", [("b.safetensors", tensors(latents=torch.zeros(16, 8, 8)))])
     with pytest.raises(UserError, match=r"y.tar cannot be indexed: sample 'b' stores tensor 'latents'"):
@@ -132,7 +126,7 @@ def test_shards_must_agree_with_each_other(tmp_path: Path) -> None:
         build_index(tmp_path / "d", None)
 
 
-def test_folders_without_samples_are_refused(tmp_path: Path) -> None:
+def test_folders_without_samples_are_refused(tmp_path: Path, write_tar: WriteTar) -> None:
     with pytest.raises(UserError, match="no such folder"):
         build_index(tmp_path / "none", None)
     with pytest.raises(UserError, match=r"holds no \*.tar"):

@@ -217,3 +217,22 @@ def test_inspect_shows_the_dataset(chain: Path, tmp_path: Path, capsys: pytest.C
     assert "<script>" not in content
     assert "&lt;script&gt;alert(1)" in content
     assert main(["inspect", str(dataset), "--html", str(tmp_path / "none" / "page.html")]) == 2
+
+
+def test_a_vae_without_a_shift_can_be_exported(chain: Path, tmp_path: Path) -> None:
+    """As the VAEs of SD1 and SDXL are: the stock pipeline adds its shift all the same."""
+    from diffusers import StableDiffusion3Pipeline
+
+    shutil.copytree(chain / "export" / "vae", tmp_path / "vae")
+    vae_config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(vae_config | {"shift_factor": None}))
+    shutil.copytree(chain / "run", tmp_path / "run")
+    index_json = open_run(tmp_path / "run").checkpoint.path / "index.json"
+    described = json.loads(index_json.read_text())
+    described["description"]["dataset"]["made_by"]["vae"] |= {"path": str(tmp_path / "vae"), "shift": 0.0}
+    index_json.write_text(json.dumps(described))
+    export(open_run(tmp_path / "run"), tmp_path / "export", dtype="fp32")
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "export")
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a handwritten one", height=64, width=64, num_inference_steps=2, output_type="np").images[0]
+    assert np.isfinite(image).all()

@@ -142,3 +142,13 @@ def test_weights_that_do_not_fill_the_model_are_refused(vae, tmp_path):
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lack decoder\.conv_out\.bias"):
         load_vae(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"latent_channels": 7}, {"block_out_channels": "x"}])
+def test_a_damaged_folder_is_one_line(tmp_path: Path, change: dict[str, object]) -> None:
+    shutil.copytree(DIGITS_VAE, tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match="no AutoencoderKL can be loaded from it") as caught:
+        load_vae(tmp_path / "vae")
+    assert "\n" not in str(caught.value)

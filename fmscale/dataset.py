@@ -124,5 +124,6 @@ def _check_latents(config: TrainConfig, mixture: Mixture, channels: int) -> None
 
 
 def _check_coupling(config: TrainConfig, mixture: Mixture) -> None:
-    if config.flow.coupling == "paired" and mixture.made_by.get("program") != "fmscale reflow":
-        raise UserError(f"flow.coupling: `paired` needs a dataset made by `fmscale reflow`, {mixture.name} is none")
+    for dataset in mixture.datasets if config.flow.coupling == "paired" else ():
+        if (dataset.made_by or {}).get("program") != "fmscale reflow":
+            raise UserError(f"flow.coupling: `paired` needs a dataset made by `fmscale reflow`, {dataset.path} is none")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fmscale.engine.checkpoint import Checkpoint
 
 # Keys that leave the mathematics of a run alone: they may change between one start and the next.
-FREE_KEYS = {"run_dir", "micro_batch", "data.path", "data.workers", "engine.zero_stage"}
+FREE_KEYS = {"run_dir", "micro_batch", "data.path", "data.workers", "data.max_bad_fraction", "engine.zero_stage"}
 DATASET = "dataset.json"
 FREE_PARTS = ("checkpoint.", "log.")
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "webdataset", "safetensors", "numpy")
@@ -54,6 +54,8 @@ def _may_change(key: str, old: TrainConfig, new: TrainConfig) -> bool:
         # A cosine that ends at `steps` bends with it.
         fixed = new.optimizer.schedule == "constant" or new.optimizer.decay_steps is not None
         return new.steps > old.steps and fixed
+    if key == "data.mixture":  # the datasets may have moved: their fingerprint is compared
+        return [part.weight for part in old.data.mixture] == [part.weight for part in new.data.mixture]
     return key in FREE_KEYS or key.startswith(FREE_PARTS)
 
 

@@ -381,13 +381,13 @@ def check_damage(config: TrainConfig, bad: int, drawn: int) -> None:
         drawn: images drawn since the start.
 
     Raises:
-        UserError: more were damaged than is allowed, or all.
+        UserError: more were damaged than is allowed.
     """
-    if bad > config.data.max_bad_fraction * max(drawn, BAD_FROM_IMAGES) or bad == drawn:
+    if bad > config.data.max_bad_fraction * max(drawn, BAD_FROM_IMAGES):
         raise UserError(
             f"data.max_bad_fraction: {bad:,} of {drawn:,} images were damaged, allowed are "
             f"{config.data.max_bad_fraction:.1%}; {config.run_dir / BAD_SAMPLES} lists them, "
-            "`fmscale index DATASET --repair` leaves them out"
+            "`fmscale index DATASET --repair` leaves changed bytes out, for a new run_dir"
         )
 
 

@@ -93,7 +93,7 @@ class Index:
         buckets: by height, then width.
         shards: by name.
         layout: dtype and shape of each stored tensor, the same in every sample (of `latents`, the channels alone).
-        fingerprint: digest of all shard names and contents.
+        fingerprint: digest of all shard names and contents, and of how many samples of each are in the index.
         made_by: what the program that wrote the shards said about them, or None.
     """
 

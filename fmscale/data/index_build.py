@@ -92,10 +92,13 @@ def repair_index(path: str | Path, progress: Progress | None = None) -> tuple[In
         The new index, and what it leaves out.
 
     Raises:
-        UserError: there is no index, or nothing sound would be left.
+        UserError: there is no index, a shard is there but cannot be read, or nothing sound would be left.
     """
     index = Index.open(path, check_shards=False)
     checks = list(check_shards(index, progress))
+    for check in checks:
+        if check.now is None and (index.path / check.shard.name).exists():
+            raise UserError(f"{index.path / check.shard.name} {check.reason}; make it readable, or move it away")
     scans = [_sound_part(index, check) for check in checks if check.now]
     if not any(scan.shard.samples for scan in scans):
         raise UserError(f"{path}: not one sample is sound; make the dataset again")
@@ -267,7 +270,7 @@ def _write(folder: Path, scans: Sequence[_Scan], layout: Layout, made_by: dict[s
 def _write_manifest(
     folder: Path, shards: list[Shard], buckets: list[dict[str, int]], layout: Layout, made_by: dict[str, Any] | None
 ) -> None:
-    names_and_sums = "".join(f"{shard.name} {shard.sha256}\n" for shard in shards)
+    names_and_sums = "".join(f"{shard.name} {shard.sha256} {shard.samples}\n" for shard in shards)
     manifest = {
         "version": VERSION,
         "fingerprint": hashlib.sha256(names_and_sums.encode()).hexdigest(),

@@ -62,7 +62,7 @@ def first_difference(old: Sequence[Mapping[str, str]], new: Sequence[Mapping[str
             if name not in before:
                 return f"{name} is new"
             if before[name] != now[name]:
-                return f"{name} has other content"
+                return f"{name} has other content, or other samples of it are in the index"
     return "the same shards in another order"
 
 
@@ -126,8 +126,10 @@ class Mixture:
         return self.datasets[0].made_by or {}
 
     def shards(self) -> list[dict[str, str]]:
-        """Per dataset, the digest of each shard by its name."""
-        return [{shard.name: shard.sha256 for shard in dataset.shards} for dataset in self.datasets]
+        """Per dataset, by the shard's name, its digest and how many of its samples are in the index."""
+        return [
+            {shard.name: f"{shard.sha256} {shard.samples}" for shard in dataset.shards} for dataset in self.datasets
+        ]
 
     def order(self, global_batch: int, seed: int, run: int = 1) -> Order:
         """The order in which training sees the samples."""

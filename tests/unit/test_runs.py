@@ -73,3 +73,13 @@ def test_a_setup_that_cannot_work_leaves_nothing(tmp_path: Path, make_config: Ma
 def test_opening_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run directory"):
         open_run(tmp_path)
+
+
+def test_datasets_may_move_and_weights_may_not(tmp_path: Path, make_config: Make) -> None:
+    def mixed(folder: str, weight: float) -> TrainConfig:
+        parts = f"data.mixture=[{{path: /{folder}/a, weight: 1.0}}, {{path: /{folder}/b, weight: {weight}}}]"
+        return make_config(tmp_path, "data.path=null", parts)
+
+    assert differences(mixed("old", 2.0), mixed("new", 2.0)) == []
+    assert len(differences(mixed("old", 2.0), mixed("new", 3.0))) == 1
+    assert differences(make_config(tmp_path), make_config(tmp_path, "data.max_bad_fraction=0.5")) == []

@@ -204,6 +204,7 @@ def test_repair_leaves_out_what_is_damaged_and_nothing_else(index: Index) -> Non
     assert [(bad.key, bad.shard) for bad in left_out] == [(index.key(3), spoiled.shard.name), ("", lost.name)]
     assert verify(Index.open(index.path)) == []
     assert repaired.made_by == index.made_by
+    assert repaired.fingerprint != index.fingerprint
     assert repair_index(index.path)[1] == []
 
 
@@ -213,3 +214,24 @@ def test_nothing_is_left_to_repair(index: Index) -> None:
     with pytest.raises(UserError, match="not one sample is sound"):
         repair_index(index.path)
     assert len(Index.open(index.path, check_shards=False)) == len(index)
+
+
+def test_a_shard_that_cannot_be_read_is_not_given_up(index: Index, tmp_path: Path) -> None:
+    """Its samples may be sound: a folder in its place stands for a disk that fails."""
+    lost = index.path / index.shards[0].name
+    lost.rename(tmp_path / "kept.tar")
+    lost.mkdir()
+    with pytest.raises(UserError, match=f"{lost.name} cannot be read: .*; make it readable, or move it away"):
+        repair_index(index.path)
+    lost.rmdir()
+    (tmp_path / "kept.tar").rename(lost)
+    assert len(Index.open(index.path)) == len(index)
+
+
+def test_the_fingerprint_tells_which_samples_are_in_the_index(index: Index) -> None:
+    place = index.location(3)
+    with place.shard.open("r+b") as file:
+        file.seek(place.offset + 600)
+        file.write(b"other bytes")
+    without = repair_index(index.path)[0].fingerprint
+    assert build_index(index.path, None).fingerprint != without

@@ -88,7 +88,7 @@ def open_mixture(config: DataConfig) -> Mixture:
     if config.path is not None:
         return Mixture([Index.open(config.path)])
     datasets = [Index.open(part.path) for part in config.mixture]
-    first, *others = ((dataset.path, making(dataset.made_by or {})) for dataset in datasets)
+    first, *others = ((dataset.place, making(dataset.made_by or {})) for dataset in datasets)
     for path, made in others:
         if made != first[1]:
             raise UserError(
@@ -126,4 +126,4 @@ def _check_latents(config: TrainConfig, mixture: Mixture, channels: int) -> None
 def _check_coupling(config: TrainConfig, mixture: Mixture) -> None:
     for dataset in mixture.datasets if config.flow.coupling == "paired" else ():
         if (dataset.made_by or {}).get("program") != "fmscale reflow":
-            raise UserError(f"flow.coupling: `paired` needs a dataset made by `fmscale reflow`, {dataset.path} is none")
+            raise UserError(f"flow.coupling: `paired` needs a dataset made by `fmscale reflow`, {dataset.place} is none")

@@ -1,9 +1,9 @@
-"""The one exception that means: the user can mend this."""
+"""The two exceptions whose text is for the user: the command line prints it as one line, without a traceback."""
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: one clear line that says what, where and what to do.
+    """A mistake in what the user gave: the text says what, where and what to do; exit code 2."""
 
-    The command line prints its text without a traceback and leaves with exit code 2.
-    Anything else that escapes is a fault of ours or of the machine, and leaves with exit code 1.
-    """
+
+class Outage(RuntimeError):
+    """The machine, or a service it depends on, has failed: the text says what, where and why; exit code 1."""

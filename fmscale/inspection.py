@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from fmscale.data.index import Index
-from fmscale.data.reader import OpenShards, Sample, read_sample
+from fmscale.data.reader import Sample, read_sample
 from fmscale.data.sequence import permute
 from fmscale.data.tar import DamageError
 from fmscale.encoders.vae import load_vae
@@ -91,14 +91,14 @@ def survey_dataset(index: Index, samples: int, thumbnails: int, vae: str | None)
 
 def _some_samples(index: Index, count: int) -> Iterator[tuple[str, Sample | str]]:
     """Key and sample, or why it cannot be read."""
-    with OpenShards() as shards, progress() as bar:
+    with progress() as bar:
         for row in bar.track(permute(np.arange(count), len(index), key=0).tolist(), description="inspect"):
-            yield index.key(row), _read(index, row, shards)
+            yield index.key(row), _read(index, row)
 
 
-def _read(index: Index, row: int, shards: OpenShards) -> Sample | str:
+def _read(index: Index, row: int) -> Sample | str:
     try:
-        return read_sample(index.location(row), shards)
+        return read_sample(index.storage, index.location(row))
     except DamageError as error:
         return str(error)
 
@@ -116,7 +116,7 @@ def summary(survey: Survey) -> list[str]:
     index, words = survey.index, survey.words
     size, count = sum(shard.size for shard in index.shards), len(index)
     lines = [
-        f"dataset   {index.path}",
+        f"dataset   {index.place}",
         f"samples   {count:,} in {len(index.shards):,} shards, {size / 1e9:.3f} GB, {size / count:,.0f} bytes each",
         f"finger    {index.fingerprint}",
         f"made by   {_made_by(index)}",
@@ -155,14 +155,14 @@ def page(survey: Survey) -> str:
         for uri, caption in survey.pictures
     )
     return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{html.escape(index.path.name)}</title>
+<html lang="en"><meta charset="utf-8"><title>{html.escape(index.place)}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
 pre {{ overflow-x: auto; background: #f4f4f4; padding: 1rem }}
 figure {{ display: inline-block; width: {THUMBNAIL_PX}px; margin: .4rem; vertical-align: top }}
 figcaption {{ font-size: 12px; overflow-wrap: anywhere }}
 </style>
-<h1>{html.escape(str(index.path))}</h1>
+<h1>{html.escape(index.place)}</h1>
 <pre>{html.escape(chr(10).join(summary(survey)))}</pre>
 <h2>Samples by bucket</h2>{_bars(sizes)}
 <h2>Captions by words</h2>{_bars(_histogram(survey.words))}

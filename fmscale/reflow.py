@@ -14,7 +14,7 @@ from fmscale.data.buckets import grouped
 from fmscale.data.index import Index
 from fmscale.data.index_build import build_index
 from fmscale.data.mixture import MixedBucket, Mixture
-from fmscale.data.reader import OpenShards, read_sample
+from fmscale.data.reader import read_sample
 from fmscale.data.shards import ShardWriter
 from fmscale.data.tar import DamageError
 from fmscale.dataset import making, open_mixture, open_null
@@ -100,17 +100,16 @@ class Caption(NamedTuple):
 def read_captions(config: ReflowConfig, source: Mixture) -> Iterator[Caption]:
     """The captions of `config.pairs` samples, in the order in which training would see them."""
     order = source.order(1, config.seed, config.data.run)
-    with OpenShards() as shards:
-        for number in range(config.pairs):
-            plan = order.batch(number)
-            bucket, address = source.buckets[plan.bucket], source.addresses(plan)[0]
-            try:
-                sample = read_sample(source.location(address), shards)
-            except DamageError as error:
-                log.warning("skipped %s: %s", source.key(address), error)
-                continue
-            text = {name: value for name, value in sample.tensors.items() if name.removesuffix("_pooled") in ROLES}
-            yield Caption(number, bucket, text, sample.read_meta().get("caption", ""), ("reflow", config.seed, number))
+    for number in range(config.pairs):
+        plan = order.batch(number)
+        bucket, address = source.buckets[plan.bucket], source.addresses(plan)[0]
+        try:
+            sample = read_sample(source.storage(address), source.location(address))
+        except DamageError as error:
+            log.warning("skipped %s: %s", source.key(address), error)
+            continue
+        text = {name: value for name, value in sample.tensors.items() if name.removesuffix("_pooled") in ROLES}
+        yield Caption(number, bucket, text, sample.read_meta().get("caption", ""), ("reflow", config.seed, number))
 
 
 class Teacher:

@@ -441,7 +441,7 @@ def announce(job: Job, start: int) -> None:
 def _name_bad(run_dir: Path, batch: Batch) -> None:
     """Name the damaged samples of a micro-batch, in the log and in the run's list."""
     for sample in batch.bad:
-        log.warning("bad sample %s in %s has weight 0: %s", sample.key, Path(sample.shard).name, sample.reason)
+        log.warning("bad sample %s in %s has weight 0: %s", sample.key, sample.shard, sample.reason)
     if batch.bad:
         append(run_dir / BAD_SAMPLES, [{"step": batch.step + 1, **asdict(sample)} for sample in batch.bad])
 

@@ -18,12 +18,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fmscale.batch import BadSample
-from fmscale.data.tar import DamageError, Member, find_tars, walk
+from fmscale.data.tar import MAX_MEMBER_BYTES, DamageError, Member, find_tars, walk
 from fmscale.errors import UserError
 
 SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff"})
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # decoders that start no other program
-MAX_MEMBER_BYTES = 1 << 30
 
 
 class ImageError(Exception):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fmscale.batch import BadSample
+from fmscale.data.storage import LocalStorage, Location, Storage, crc32
 from fmscale.data.tar import CHUNK_BYTES, find_tars
 from fmscale.data.tensors import DTYPES
 from fmscale.errors import UserError
@@ -58,24 +58,6 @@ class Bucket:
         return f"{self.height}x{self.width}"
 
 
-class Location(NamedTuple):
-    """The bytes of one sample.
-
-    Attributes:
-        shard: a tar.
-        offset, length: of its members in the tar, headers included.
-        tensors_start, tensors_length: of its safetensors file within those bytes.
-        crc32: zlib's, over all of those bytes.
-    """
-
-    shard: Path
-    offset: int
-    length: int
-    tensors_start: int
-    tensors_length: int
-    crc32: int
-
-
 class Shard(NamedTuple):
     """A tar of the dataset as it was when it was indexed; size in bytes, samples counted."""
 
@@ -89,7 +71,9 @@ class Index:
     """An open index; its columns stay on disk, and it is sent to a worker as nothing but its path.
 
     Attributes:
-        path: the dataset's folder.
+        path: folder of this machine with the index and what lies beside it: the dataset's own, or what was fetched of
+            one that lies behind a URL.
+        storage: reads the shards.
         buckets: by height, then width.
         shards: by name.
         layout: dtype and shape of each stored tensor, the same in every sample (of `latents`, the channels alone).
@@ -97,11 +81,11 @@ class Index:
         made_by: what the program that wrote the shards said about them, or None.
     """
 
-    def __init__(self, path: Path, folder: Path):
+    def __init__(self, path: Path, folder: Path, storage: Storage):
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["version"] != VERSION:
             raise ValueError(f"version {manifest['version']}, this program reads {VERSION}")
-        self.path = path
+        self.path, self.storage = path, storage
         self.shards = tuple(Shard(**shard) for shard in manifest["shards"])
         self.layout: Layout = {name: (dtype, tuple(shape)) for name, (dtype, shape) in manifest["layout"].items()}
         self.fingerprint: str = manifest["fingerprint"]
@@ -112,12 +96,13 @@ class Index:
             raise ValueError("a column has another length than the manifest says")
 
     @classmethod
-    def open(cls, path: str | Path, check_shards: bool = True) -> Index:
+    def open(cls, path: str | Path, check_shards: bool = True, storage: Storage | None = None) -> Index:
         """Open the index of a dataset.
 
         Args:
             path: the dataset's folder.
-            check_shards: also compare names and sizes of the tars with the index.
+            check_shards: also compare names and sizes of the tars in that folder with the index.
+            storage: holds the shards; None where they lie in that folder.
 
         Raises:
             UserError: no such folder, no index, an index of another version or damaged, or other tars than it lists.
@@ -129,15 +114,20 @@ class Index:
         if not (folder / "manifest.json").is_file():
             raise UserError(f"{path} has no index: run `fmscale index {path}`")
         try:
-            index = cls(path, folder)
+            index = cls(path, folder, storage or LocalStorage(path))
         except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{folder} cannot be used ({error}): run `fmscale index {path}`") from error
-        if check_shards:
+        if check_shards and storage is None:
             index._check_shards()
         return index
 
-    def __reduce__(self) -> tuple[Callable[..., Index], tuple[Path, bool]]:
-        return Index.open, (self.path, False)
+    def __reduce__(self) -> tuple[Callable[..., Index], tuple[Path, bool, Storage]]:
+        return Index.open, (self.path, False, self.storage)
+
+    @property
+    def place(self) -> str:
+        """Folder or URL of the dataset, for people."""
+        return self.storage.where("").rstrip("/")
 
     def __len__(self) -> int:
         return self.buckets[-1].start + self.buckets[-1].count
@@ -150,7 +140,7 @@ class Index:
     def location(self, row: int) -> Location:
         """Where a sample's bytes lie."""
         shard, *place = (int(self._columns[name][row]) for name in ("shard", *Location._fields[1:]))
-        return Location(self.path / self.shards[shard].name, *place)
+        return Location(self.shards[shard].name, *place)
 
     def empty(self, height: int, width: int, count: int) -> dict[str, Tensor]:
         """Memory for the tensors of so many samples of this latent size, each (count, ...), with any content."""
@@ -232,11 +222,11 @@ def check_shards(index: Index, progress: Progress | None = None) -> Iterator[Sha
 def _check_shard(index: Index, shard: Shard, rows: NDArray[np.int64]) -> ShardCheck:
     places = [index.location(row) for row in rows]
     try:
-        with (index.path / shard.name).open("rb") as file:
+        with index.storage.open(shard.name) as file:
             crcs, sha256 = checksums(file, [(place.offset, place.length) for place in places])
             size = file.tell()
     except OSError as error:
-        reason = f"cannot be read: {error.strerror}"
+        reason = f"cannot be read: {error.strerror or error}"
         return ShardCheck(shard, rows, dict.fromkeys(rows.tolist(), f"its shard {reason}"), None, reason)
     bad = {}
     for row, place, crc in zip(rows.tolist(), places, crcs, strict=True):
@@ -283,7 +273,7 @@ def checksums(file: BinaryIO, ranges: Sequence[tuple[int, int]]) -> tuple[list[i
         crc = 0
         while count > 0 and (chunk := file.read(min(count, CHUNK_BYTES))):
             digest.update(chunk)
-            crc = zlib.crc32(chunk, crc)
+            crc = crc32([chunk], crc)
             count -= len(chunk)
         return crc
 

@@ -32,7 +32,8 @@ from fmscale.data.index import (
     checksums,
 )
 from fmscale.data.sequence import stable_hash
-from fmscale.data.tar import PICKLES, DamageError, Member, find_tars, parse_json, walk
+from fmscale.data.storage import LocalStorage
+from fmscale.data.tar import MAX_MEMBER_BYTES, PICKLES, DamageError, Member, find_tars, parse_json, walk
 from fmscale.data.tensors import head_bytes, parse_head
 from fmscale.errors import UserError
 from fmscale.files import sync
@@ -124,7 +125,7 @@ def _replace_index(path: Path, scans: Sequence[_Scan], layout: Layout, made_by: 
     temporary = path / f"{FOLDER}.tmp-{os.getpid()}"
     try:
         _write(temporary, scans, layout, made_by)
-        _refuse_duplicates(Index(path, temporary))
+        _refuse_duplicates(Index(path, temporary, LocalStorage(path)))
         _publish(temporary, path / FOLDER)
     except OSError as error:
         raise UserError(f"cannot write the index in {path}: {error.strerror}") from error
@@ -177,6 +178,8 @@ def _scan_samples(file: BinaryIO) -> tuple[list[_Row], Layout | None]:
         seen.add(key)
         stored = _tensor_member(key, members)
         for member in members:
+            if member.size > MAX_MEMBER_BYTES:
+                raise DamageError(f"{member.name!r} has {member.size} bytes, more than the limit of {MAX_MEMBER_BYTES}")
             if member.extension == "json":
                 file.seek(member.start)
                 parse_json(member, file.read(member.size))
@@ -291,7 +294,7 @@ def _refuse_duplicates(index: Index) -> None:
     for at in np.flatnonzero(digests[order[1:]] == digests[order[:-1]]):
         first, second = order[at], order[at + 1]
         if index.key(first) == index.key(second):
-            shards = " and ".join(str(index.location(row).shard) for row in (first, second))
+            shards = " and ".join(index.storage.where(index.location(row).shard) for row in (first, second))
             raise UserError(f"key {index.key(first)!r} is in {shards}: keys must differ over the whole dataset")
 
 

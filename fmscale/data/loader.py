@@ -22,7 +22,7 @@ from torch import Tensor
 from fmscale.batch import BadSample, Batch
 from fmscale.data.mixture import Address, MixedBucket, Mixture
 from fmscale.data.order import Order, Split
-from fmscale.data.reader import OpenShards, Scratch, read_sample
+from fmscale.data.reader import RowReader, read_sample
 from fmscale.data.tar import DamageError
 from fmscale.errors import UserError
 
@@ -96,31 +96,29 @@ def work_items(
 
 def make_batches(items: Iterable[WorkItem], mixture: Mixture, noise: Noise) -> Iterator[Batch]:
     """Read what each item asks for; a slot that is padding, or whose sample is damaged, holds zeros with weight 0."""
-    scratch = Scratch()
-    with OpenShards() as shards:
-        for item in items:
-            yield _make_batch(item, mixture, noise, shards, scratch)
+    reader = RowReader()
+    for item in items:
+        mixture.expect([address for address in item.samples if address is not None])
+        yield _make_batch(item, mixture, noise, reader)
 
 
-def _make_batch(item: WorkItem, mixture: Mixture, noise: Noise, shards: OpenShards, scratch: Scratch) -> Batch:
-    """Each sample is copied to its row as soon as it is read, while the processor's cache still holds it."""
+def _make_batch(item: WorkItem, mixture: Mixture, noise: Noise, reader: RowReader) -> Batch:
     count = len(item.samples)
     tensors = mixture.empty(item.bucket, count)
     shape = tuple(tensors["latents"].shape[1:])
     drawn, weight = torch.zeros(count, *shape), torch.zeros(count)
     keys, bad = [""] * count, []
     for row, (slot, address) in enumerate(zip(item.slots.tolist(), item.samples, strict=True)):
-        sample = None
         if address is not None:
-            keys[row], location = mixture.key(address), mixture.location(address)
+            keys[row], place = mixture.key(address), (mixture.storage(address), mixture.location(address))
             try:
-                sample = read_sample(location, shards, scratch.room)
+                reader.read(*place, tensors, row)
+                drawn[row] = noise(shape, item.step, slot, lambda place=place: read_sample(*place).read_meta())
+                weight[row] = 1
             except DamageError as damage:
-                bad.append(BadSample(keys[row], location.shard.name, str(damage)))
-        if sample is not None:
-            drawn[row] = noise(shape, item.step, slot, sample.read_meta)
-            weight[row] = 1
-        for name, tensor in tensors.items():
-            tensor[row] = 0 if sample is None else sample.tensors[name]
+                bad.append(BadSample(keys[row], place[1].shard, str(damage)))
+        if not weight[row]:
+            for tensor in tensors.values():
+                tensor[row] = 0
     size = (item.bucket.height, item.bucket.width)
     return Batch(item.step, size, torch.from_numpy(item.slots), weight, tensors, drawn, tuple(keys), tuple(bad))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fmscale.data.index import Index, Layout, Location
+from fmscale.data.index import Index, Layout
 from fmscale.data.order import Order, StepPlan
+from fmscale.data.storage import Location, Storage
 from fmscale.errors import UserError
 
 
@@ -89,8 +90,8 @@ class Mixture:
             for name in sorted(self.layout | other.layout):
                 if self.layout.get(name) != other.layout.get(name):
                     raise UserError(
-                        f"data.mixture: {datasets[0].path} stores {name} as {self.layout.get(name)}, "
-                        f"{other.path} as {other.layout.get(name)}; encode both with one config"
+                        f"data.mixture: {datasets[0].place} stores {name} as {self.layout.get(name)}, "
+                        f"{other.place} as {other.layout.get(name)}; encode both with one config"
                     )
         self.buckets = tuple(self._mixed_buckets())
 
@@ -112,7 +113,7 @@ class Mixture:
     @property
     def name(self) -> str:
         """The datasets' folders, in words."""
-        return " + ".join(str(dataset.path) for dataset in self.datasets)
+        return " + ".join(dataset.place for dataset in self.datasets)
 
     @property
     def fingerprint(self) -> str:
@@ -147,8 +148,17 @@ class Mixture:
         return self.datasets[address.part].key(address.row)
 
     def location(self, address: Address) -> Location:
-        """Where a sample's bytes lie."""
+        """Where a sample's bytes lie, in `storage(address)`."""
         return self.datasets[address.part].location(address.row)
+
+    def storage(self, address: Address) -> Storage:
+        """Reads the dataset that a sample is from."""
+        return self.datasets[address.part].storage
+
+    def expect(self, addresses: Iterable[Address]) -> None:
+        """Take note of what is read next; what is slow to fetch is fetched now, all of it at once."""
+        for part, dataset in enumerate(self.datasets):
+            dataset.storage.expect([dataset.location(address.row) for address in addresses if address.part == part])
 
     def empty(self, bucket: MixedBucket, count: int) -> dict[str, Tensor]:
         """Memory for the tensors of so many samples of this bucket, each (count, ...), with any content."""

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import io
-import os
-import zlib
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from fmscale.data.index import Location
-from fmscale.data.tar import DamageError, parse_json, walk
-from fmscale.data.tensors import views
-
-GIB = 1 << 30
-Room = Callable[[int], memoryview]  # size in bytes -> writable memory of that size
+from fmscale.data.storage import Location, Storage, crc32
+from fmscale.data.tar import MAX_MEMBER_BYTES, DamageError, parse_json, walk
+from fmscale.data.tensors import parse_file, views
 
 
 @dataclass(frozen=True)
@@ -50,90 +44,119 @@ class Sample:
         return meta
 
 
-class Scratch:
-    """Memory that is used again and again: the first touch of fresh memory costs more than reading into it."""
-
-    def __init__(self) -> None:
-        self._memory = bytearray()
-
-    def room(self, size: int) -> memoryview:
-        """`size` writable bytes; what was read into it before is lost."""
-        if len(self._memory) < size:
-            self._memory = bytearray(size + size // 8)  # tensors may still look into the old memory
-        return memoryview(self._memory)[:size]
-
-
-def fresh(size: int) -> memoryview:
-    """`size` writable bytes that are nobody else's."""
-    return memoryview(bytearray(size))
-
-
-class OpenShards:
-    """The shards that were read last, kept open: opening a file is slow on a cluster's file system.
-
-    Args:
-        limit: the most files open at once, > 0.
-    """
-
-    def __init__(self, limit: int = 64):
-        self._limit = limit
-        self._files: OrderedDict[Path, BinaryIO] = OrderedDict()
-
-    def __enter__(self) -> OpenShards:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        while self._files:
-            self._files.popitem()[1].close()
-
-    def read(self, location: Location, room: Room = fresh) -> memoryview:
-        """The bytes of a location, fewer where the shard ends early."""
-        descriptor = self._file(location.shard).fileno()
-        data, done = room(location.length), 0
-        while done < location.length:  # one call reads less than 2 GiB
-            count = os.preadv(descriptor, [data[done:]], location.offset + done)
-            if not count:
-                break
-            done += count
-        return data[:done]
-
-    def _file(self, shard: Path) -> BinaryIO:
-        if shard not in self._files:
-            self._files[shard] = shard.open("rb", buffering=0)
-            if len(self._files) > self._limit:
-                self._files.popitem(last=False)[1].close()
-        self._files.move_to_end(shard)
-        return self._files[shard]
-
-
-def read_sample(location: Location, shards: OpenShards, room: Room = fresh, max_bytes: int = GIB) -> Sample:
+def read_sample(storage: Storage, location: Location, max_bytes: int = MAX_MEMBER_BYTES) -> Sample:
     """Read and check one sample. What its members are was checked when it was indexed, and the checksum says it still
     holds.
 
     Args:
-        location: from the index.
-        shards: files kept open between calls.
-        room: where its bytes go.
+        storage, location: from the index.
         max_bytes: the largest sample, all its members together, that is read at all.
 
     Raises:
         DamageError: the sample cannot be read, differs from the index, is too large, or a number in it is not finite.
     """
+    _check_size(location, max_bytes)
+    data = memoryview(bytearray(location.length))
+    _read(storage, location, [data])
+    tensors = views(_tensor_file(location, data))
+    _check_finite(tensors)
+    return Sample(tensors, data)
+
+
+class Head(NamedTuple):
+    """How a safetensors file begins.
+
+    Attributes:
+        data: its bytes up to the tensors.
+        names: of the tensors, in the order of their bytes.
+    """
+
+    data: bytes
+    names: tuple[str, ...]
+
+
+class RowReader:
+    """Reads samples into the rows of batches.
+
+    Samples of one shape begin alike, so where each tensor lies is known before the next one is read: its bytes go from
+    the shard to their places in the batch in one move. Should a sample begin otherwise, it is taken apart by its head.
+    """
+
+    def __init__(self) -> None:
+        self._heads: dict[tuple[int, tuple[int, ...]], Head] = {}
+        self._scratch = bytearray()  # used again and again: the first touch of fresh memory is slow
+
+    def read(self, storage: Storage, location: Location, tensors: Mapping[str, Tensor], row: int) -> None:
+        """Read and check one sample, as `read_sample` does.
+
+        Args:
+            storage, location: from the index.
+            tensors: those of a batch, (B, ...) each; its names and shapes are those that the index says.
+            row: which of the B is filled; after damage it holds anything.
+
+        Raises:
+            DamageError: as for `read_sample`.
+        """
+        _check_size(location, MAX_MEMBER_BYTES)
+        rows = {name: tensor[row] for name, tensor in tensors.items()}
+        kind = location.tensors_length, tuple(rows["latents"].shape)
+        head = self._heads.get(kind)
+        buffers = self._buffers(location, rows, head)
+        _read(storage, location, buffers)
+        if head is None or buffers[0][location.tensors_start :] != head.data:
+            self._heads[kind] = _take_apart(_tensor_file(location, memoryview(bytearray().join(buffers))), rows)
+        _check_finite(rows)
+
+    def _buffers(self, location: Location, rows: Mapping[str, Tensor], head: Head | None) -> list[memoryview]:
+        if head is None:
+            return [self._room(location.length)]
+        before = location.tensors_start + len(head.data)
+        after = location.length - location.tensors_start - location.tensors_length
+        room = self._room(before + after)
+        return [room[:before], *(_bytes_of(rows[name]) for name in head.names), room[before:]]
+
+    def _room(self, size: int) -> memoryview:
+        if len(self._scratch) < size:
+            self._scratch = bytearray(size)
+        return memoryview(self._scratch)[:size]
+
+
+def _check_size(location: Location, max_bytes: int) -> None:
     if location.length > max_bytes:
         raise DamageError(f"has {location.length} bytes, more than the limit of {max_bytes}")
+
+
+def _read(storage: Storage, location: Location, buffers: Sequence[memoryview]) -> None:
     try:
-        data = shards.read(location, room)
+        count = storage.read(location, buffers)
     except OSError as error:
-        raise DamageError(f"cannot be read: {error.strerror}") from error
-    if len(data) < location.length:
-        raise DamageError(f"the shard ends {location.length - len(data)} bytes before the sample does")
-    if zlib.crc32(data) != location.crc32:
+        raise DamageError(f"cannot be read: {error.strerror or error}") from error
+    if count < location.length:
+        raise DamageError(f"the shard ends {location.length - count} bytes before the sample does")
+    if crc32(buffers) != location.crc32:
         raise DamageError("its bytes have changed since it was indexed")
-    tensors = views(data[location.tensors_start : location.tensors_start + location.tensors_length])
+
+
+def _tensor_file(location: Location, data: memoryview) -> memoryview:
+    return data[location.tensors_start : location.tensors_start + location.tensors_length]
+
+
+def _take_apart(data: memoryview, rows: Mapping[str, Tensor]) -> Head:
+    """Copy the tensors of a safetensors file to `rows`."""
+    begin, entries = parse_file(data)
+    for name, tensor in views(data).items():
+        rows[name].copy_(tensor)
+    return Head(bytes(data[:begin]), tuple(sorted(rows, key=lambda name: (entries[name].start, entries[name].end))))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not _is_finite(tensor):
             raise DamageError(f"tensor {name!r} holds NaN or Inf")
-    return Sample(tensors, data)
 
 
 def _is_finite(tensor: Tensor) -> bool:

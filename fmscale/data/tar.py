@@ -14,6 +14,7 @@ from webdataset.tariterators import base_plus_ext
 SKIPPED = re.compile(r"__[^/]*__($|/)")  # names that webdataset keeps for itself
 PICKLES = frozenset({"pt", "pth", "pkl", "pyd", "pickle"})  # reading one would run code
 CHUNK_BYTES = 4 << 20
+MAX_MEMBER_BYTES = 1 << 30  # larger members are not read: no sample of this field comes near
 
 
 class DamageError(Exception):

@@ -83,15 +83,25 @@ def parse_head(head: bytes | memoryview, stored_bytes: int) -> dict[str, Entry]:
     return entries
 
 
+def parse_file(data: memoryview) -> tuple[int, dict[str, Entry]]:
+    """Where the tensors of a file in memory begin, and their table.
+
+    Raises:
+        DamageError: as for `parse_head`.
+    """
+    begin = 8 + head_bytes(data[:8], len(data))
+    return begin, parse_head(data[8:begin], len(data) - begin)
+
+
 def views(data: memoryview) -> dict[str, Tensor]:
     """The tensors of a file in memory; they share its bytes, which must be writable, and be left alone while they live.
 
     Raises:
         DamageError: as for `parse_head`.
     """
-    begin = 8 + head_bytes(data[:8], len(data))
+    begin, entries = parse_file(data)
     tensors = {}
-    for name, entry in parse_head(data[8:begin], len(data) - begin).items():
+    for name, entry in entries.items():
         dtype, count = DTYPES[entry.dtype], prod(entry.shape)
         if not count:
             tensors[name] = torch.empty(entry.shape, dtype=dtype)

@@ -48,7 +48,7 @@ def damage(dataset: Path, to: Path, share: float) -> Path:
     index = Index.open(to)
     for row in range(round(share * len(index))):
         place = index.location(row)
-        with place.shard.open("r+b") as file:
+        with (index.path / place.shard).open("r+b") as file:
             file.seek(place.offset + 600)  # behind the first header
             file.write(b"\xff" * 64)
     return to

@@ -38,7 +38,7 @@ def test_locations_tile_the_shards(index: Index) -> None:
     for shard, rows in index.rows_by_shard():
         places = [index.location(row) for row in rows]
         assert len(places) == shard.samples
-        assert all(place.shard == index.path / shard.name for place in places)
+        assert all(place.shard == shard.name for place in places)
         ends = [0] + [place.offset + place.length for place in places]
         assert [place.offset for place in places] == ends[:-1]
 
@@ -192,16 +192,16 @@ def test_verify_names_missing_shards_and_bytes_outside_samples(index: Index) -> 
 
 def test_repair_leaves_out_what_is_damaged_and_nothing_else(index: Index) -> None:
     spoiled, lost = index.location(3), index.shards[-1]
-    with spoiled.shard.open("r+b") as file:
+    with (index.path / spoiled.shard).open("r+b") as file:
         file.seek(spoiled.offset + 600)
         file.write(b"other bytes")
     (index.path / lost.name).unlink()
-    gone = {index.key(3)} | {index.key(row) for row in range(len(index)) if index.location(row).shard.name == lost.name}
+    gone = {index.key(3)} | {index.key(row) for row in range(len(index)) if index.location(row).shard == lost.name}
     kept = {index.key(row): index.location(row) for row in range(len(index)) if index.key(row) not in gone}
     repaired, left_out = repair_index(index.path)
     assert {repaired.key(row): repaired.location(row) for row in range(len(repaired))} == kept
     assert sum(bucket.count for bucket in repaired.buckets) == len(kept)
-    assert [(bad.key, bad.shard) for bad in left_out] == [(index.key(3), spoiled.shard.name), ("", lost.name)]
+    assert [(bad.key, bad.shard) for bad in left_out] == [(index.key(3), spoiled.shard), ("", lost.name)]
     assert verify(Index.open(index.path)) == []
     assert repaired.made_by == index.made_by
     assert repaired.fingerprint != index.fingerprint
@@ -230,7 +230,7 @@ def test_a_shard_that_cannot_be_read_is_not_given_up(index: Index, tmp_path: Pat
 
 def test_the_fingerprint_tells_which_samples_are_in_the_index(index: Index) -> None:
     place = index.location(3)
-    with place.shard.open("r+b") as file:
+    with (index.path / place.shard).open("r+b") as file:
         file.seek(place.offset + 600)
         file.write(b"other bytes")
     without = repair_index(index.path)[0].fingerprint

@@ -106,7 +106,7 @@ def test_any_history_gives_the_global_batches_of_one_rank(index: Index, history:
 def test_a_damaged_sample_has_weight_zero_and_is_named(index: Index, workers: int) -> None:
     sound = by_slot(load(index, stop=8))
     place = index.location(20)
-    with place.shard.open("r+b") as file:
+    with (index.path / place.shard).open("r+b") as file:
         file.seek(place.offset + 1900)
         file.write(b"damage")
     batches = load(index, stop=8, workers=workers)

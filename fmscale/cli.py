@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from fmscale import __version__
-from fmscale.errors import UserError
+from fmscale.errors import OutageError, UserError
 
 _PATH_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 DONE, FAULT, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -58,6 +58,9 @@ def main(argv: Sequence[str]) -> int:
         return command.run(args) or DONE
     except UserError as error:
         return _refuse(args.command, str(error))
+    except OutageError as error:
+        _say(args.command, str(error))
+        return FAULT
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAULT
@@ -72,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         if "DataLoader worker" not in str(error):
             raise
         said = f"a process that reads the data has died ({error}); started again, the run goes on from its checkpoint"
-        print(f"fmscale {args.command}: {said}", file=sys.stderr)
+        _say(args.command, said)
         return FAULT
     except KeyboardInterrupt:
         print(f"fmscale {args.command}: interrupted", file=sys.stderr)
@@ -80,10 +83,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _refuse(command: str, why: str) -> int:
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
-    line = " ".join(why.split("\n"))
-    print(f"fmscale {command}: {'' if rank == '0' else f'rank {rank}: '}{line}", file=sys.stderr)
+    _say(command, why)
     return MISTAKE
+
+
+def _say(command: str, what: str) -> None:
+    """One line on the error output, with the rank where there are several."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+    line = " ".join(what.split("\n"))
+    print(f"fmscale {command}: {'' if rank == '0' else f'rank {rank}: '}{line}", file=sys.stderr)
 
 
 def _overview() -> argparse.ArgumentParser:
@@ -162,7 +170,7 @@ def _index_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _index(args: argparse.Namespace) -> int | None:
     action = "verify" if args.verify else "repair" if args.repair else "index"
-    return _program("encode").index(_path(args.dataset), action)
+    return _program("encode").index(args.dataset, action)
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -183,24 +191,35 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-config-change", action="store_true", help="go on in a run directory although its config differs"
     )
+    parser.add_argument(
+        "--allow-append", action="store_true", help="take in shards that were added, from each bucket's next epoch on"
+    )
+    _pipe_argument(parser)
+
+
+def _pipe_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allow-pipe", action="store_true", help="start the programs of `pipe:` datasets")
 
 
 def _train(args: argparse.Namespace) -> int | None:
     def run(config: object) -> int | None:
+        train = _program("train")
+        allowed = train.Allowed(args.allow_config_change, args.allow_append, args.allow_pipe)
         if args.nproc and args.nproc > 1:
             # Say what is wrong once, here, and not once per rank.
             _program("distributed").check_can_spawn(args.nproc)
-            _program("train").check_setup(config, args.nproc, args.allow_config_change)
+            train.check_setup(config, args.nproc, allowed)
             return _program("distributed").spawn(_without_nproc(args), args.nproc)
-        return _program("train").train(config, allow_changes=args.allow_config_change)
+        return train.train(config, allowed)
 
     return _with_config(args, run)
 
 
 def _without_nproc(args: argparse.Namespace) -> list[str]:
     """The command line of one rank."""
-    flags = ["--allow-config-change"] if args.allow_config_change else []
-    return ["train", *flags, args.config, *args.overrides]
+    flags = ("allow_config_change", "allow_append", "allow_pipe")
+    given = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag)]
+    return ["train", *given, args.config, *args.overrides]
 
 
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
@@ -248,8 +267,13 @@ def _export(args: argparse.Namespace) -> None:
     _program("export").export_command(args)
 
 
+def _reflow_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    _pipe_argument(parser)
+
+
 def _reflow(args: argparse.Namespace) -> int:
-    return _with_config(args, _program("reflow").reflow)
+    return _with_config(args, lambda config: _program("reflow").reflow(config, args.allow_pipe))
 
 
 def _program(name: str) -> Any:
@@ -324,7 +348,7 @@ COMMANDS = {
     "reflow": Command(
         "a trained run -> (noise, latent) pairs, a dataset that train takes with flow.coupling=paired",
         "fmscale reflow configs/reflow.yaml teacher=quickstart/run out=pairs",
-        _config_arguments,
+        _reflow_arguments,
         _reflow,
     ),
 }

@@ -22,6 +22,7 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
+Place = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -33,15 +34,26 @@ class Section(BaseModel):
 
 
 class MixturePart(Section):
-    path: Path
-    """Indexed dataset."""
+    path: Place
+    """Indexed dataset: a folder or a URL."""
     weight: Annotated[float, Field(gt=0)]
     """Its share of the samples is its weight over the sum of all weights."""
 
 
+class RemoteConfig(Section):
+    cache: Path | None = None
+    """Folder on each machine for what is fetched; null is ~/.cache/fmscale."""
+    cache_gb: Annotated[float, Field(ge=0)] = 0.0
+    """Most gigabytes of each dataset's shards that are kept there."""
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """A request without an answer has failed after so long."""
+    attempts: Positive = 6
+    """How often a request is made, with pauses that double from half a second, before the run stops."""
+
+
 class DataConfig(Section):
-    path: Path | None = None
-    """Indexed dataset: a folder of latent shards with their index."""
+    path: Place | None = None
+    """Indexed dataset: a folder of latent shards with their index, or its URL (http, https, s3, gs, az, hf)."""
     mixture: tuple[MixturePart, ...] = ()
     """Several datasets in place of `path`; each runs over its own epochs."""
     run: Positive = 1
@@ -50,6 +62,8 @@ class DataConfig(Section):
     """The run stops when a larger share of the images it drew was damaged; checked from 1,000 images on."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes per rank that read and decode; 0 reads in the training process."""
+    remote: RemoteConfig = RemoteConfig()
+    """How datasets behind URLs are read."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmscale.config import DataConfig, TrainConfig
-from fmscale.data.index import Index
-from fmscale.data.mixture import Mixture
+from fmscale.data.mixture import Mixture, first_difference, only_appended
+from fmscale.data.order import Generation
+from fmscale.data.remote import RemoteOptions, open_index
 from fmscale.encoders.null import load_null
 from fmscale.encoders.text import ROLES, assemble
 from fmscale.errors import UserError
@@ -27,12 +30,14 @@ class Dataset:
         encoders: text encoders whose features are stored.
         t5_length: T5 tokens, or zeros in their place.
         null: per stored text tensor, what replaces it when its encoder is dropped.
+        generations: what was stored when, where shards were appended in mid-run; the last is what is stored now.
     """
 
     mixture: Mixture
     encoders: tuple[str, ...]
     t5_length: int
     null: dict[str, Tensor]
+    generations: tuple[Generation, ...]
 
     @property
     def null_sha256(self) -> str:
@@ -42,14 +47,28 @@ class Dataset:
             digest.update(name.encode() + value.cpu().numpy().tobytes())
         return digest.hexdigest()
 
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint says about it."""
+        return {
+            "path": self.mixture.name,
+            "generations": [generation._asdict() for generation in self.generations],
+            "null_sha256": self.null_sha256,
+            "made_by": self.mixture.made_by,
+        }
+
     def to(self, device: torch.device) -> Dataset:
         """The same dataset with its null on `device`."""
         return replace(self, null={name: value.to(device) for name, value in self.null.items()})
 
 
-def open_dataset(config: TrainConfig) -> Dataset:
-    """The dataset of a config, checked against the model that is to learn it."""
-    mixture = open_mixture(config.data)
+def open_dataset(config: TrainConfig, allow_pipe: bool = False) -> Dataset:
+    """The dataset of a config, checked against the model that is to learn it.
+
+    Args:
+        config: says where it is.
+        allow_pipe: programs that it names may be started.
+    """
+    mixture = open_mixture(config.data, allow_pipe)
     shapes = {name: shape for name, (_, shape) in mixture.layout.items()}
     _check_latents(config, mixture, shapes["latents"][0])
     _check_coupling(config, mixture)
@@ -67,7 +86,7 @@ def open_dataset(config: TrainConfig) -> Dataset:
         raise UserError(
             f"model.pooled_dim: {config.model.pooled_dim}, the dataset's pooled text has {check.pooled.shape[1]}"
         )
-    return Dataset(mixture, encoders, t5_length, null)
+    return Dataset(mixture, encoders, t5_length, null, (mixture.generation(),))
 
 
 def open_null(mixture: Mixture, null: str) -> dict[str, Tensor]:
@@ -83,11 +102,20 @@ def open_null(mixture: Mixture, null: str) -> dict[str, Tensor]:
     return load_null(mixture.datasets[0].path, shapes)
 
 
-def open_mixture(config: DataConfig) -> Mixture:
-    """The datasets that a config names."""
+def open_mixture(config: DataConfig, allow_pipe: bool = False) -> Mixture:
+    """The datasets that a config names.
+
+    Args:
+        config: says where they are.
+        allow_pipe: programs that it names may be started.
+    """
+    remote = config.remote
+    options = RemoteOptions(
+        remote.cache, round(remote.cache_gb * 1e9), remote.timeout_s, remote.attempts, allow_pipe=allow_pipe
+    )
     if config.path is not None:
-        return Mixture([Index.open(config.path)])
-    datasets = [Index.open(part.path) for part in config.mixture]
+        return Mixture([open_index(config.path, options)])
+    datasets = [open_index(part.path, options) for part in config.mixture]
     first, *others = ((dataset.place, making(dataset.made_by or {})) for dataset in datasets)
     for path, made in others:
         if made != first[1]:
@@ -108,6 +136,44 @@ def making(made_by: Mapping[str, Any]) -> dict[str, Any]:
     return {"vae": vae, "text": text, "t5_length": made_by.get("t5_length")}
 
 
+def go_on(dataset: Dataset, trained_on: Mapping[str, Any], step: int, shards_file: Path, allow_append: bool) -> Dataset:
+    """The dataset of a run that goes on, with what was stored when.
+
+    Args:
+        dataset: as it is now.
+        trained_on: `Dataset.identity` of the run's checkpoint.
+        step: of that checkpoint.
+        shards_file: the run's list of shards.
+        allow_append: shards may have been added; they are taken in from each bucket's next epoch on.
+
+    Raises:
+        UserError: it is not what the run was trained on; names the first shard that differs.
+    """
+    generations = tuple(Generation(**generation) for generation in trained_on["generations"])
+    last, mixture = generations[-1], dataset.mixture
+    if last.fingerprint == mixture.fingerprint:
+        return replace(dataset, generations=generations)
+    before = read_shards(shards_file).get(last.fingerprint)
+    appended = before is not None and only_appended(before, mixture.shards())
+    if before is None or not appended or not allow_append:
+        what = "its fingerprint differs" if before is None else first_difference(before, mixture.shards())
+        allow = "add --allow-append to take in what is new, " if appended else ""
+        raise UserError(
+            f"data: {mixture.name} is not what the run was trained on: {what}; {allow}put it back, or start another "
+            "run_dir"
+        )
+    mixture.check_appended(before, last)
+    return replace(dataset, generations=(*generations, mixture.generation(step)))
+
+
+def read_shards(path: Path) -> dict[str, list[dict[str, str]]]:
+    """The shards of each generation that a run has seen, by its fingerprint; empty where that was lost."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def _check_latents(config: TrainConfig, mixture: Mixture, channels: int) -> None:
     if channels != config.model.latent_channels:
         raise UserError(f"model.latent_channels: {config.model.latent_channels}, the dataset's latents have {channels}")
@@ -126,4 +192,6 @@ def _check_latents(config: TrainConfig, mixture: Mixture, channels: int) -> None
 def _check_coupling(config: TrainConfig, mixture: Mixture) -> None:
     for dataset in mixture.datasets if config.flow.coupling == "paired" else ():
         if (dataset.made_by or {}).get("program") != "fmscale reflow":
-            raise UserError(f"flow.coupling: `paired` needs a dataset made by `fmscale reflow`, {dataset.place} is none")
+            raise UserError(
+                f"flow.coupling: `paired` needs a dataset made by `fmscale reflow`, {dataset.place} is none"
+            )

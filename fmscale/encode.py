@@ -22,6 +22,7 @@ from fmscale.data.buckets import assign, grouped, make_buckets
 from fmscale.data.images import ImageError, SourceImage, fit, load_image, read_images, was_squared
 from fmscale.data.index import Index, verify
 from fmscale.data.index_build import build_index, repair_index
+from fmscale.data.remote import RemoteOptions, is_remote, open_index
 from fmscale.data.shards import ShardWriter
 from fmscale.distributed import world_from_environment
 from fmscale.encoders.null import save_null
@@ -217,16 +218,20 @@ def _tally(failures: list[dict[str, str]]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in Counter(f["reason"] for f in failures).most_common(5))
 
 
-def index(dataset: Path, action: str) -> int:
+def index(dataset: str, action: str) -> int:
     """Index a folder of tars, or check an indexed one byte for byte.
 
     Args:
-        dataset: folder of latent shards.
+        dataset: folder of latent shards; for `verify` it may be a URL.
         action: `index`; `verify`, which lists what is damaged; `repair`, which writes an index without it.
 
     Returns:
         Exit code: 0, or 2 where `verify` found damage.
     """
+    if action != "verify" and is_remote(dataset):
+        raise UserError(
+            f"{dataset}: an index is written where the tars lie; do that, and put its folder `index` beside them"
+        )
     bad: list[BadSample] = []
     with progress() as bar:
         task = bar.add_task(action, total=None)
@@ -235,12 +240,12 @@ def index(dataset: Path, action: str) -> int:
             bar.update(task, completed=done, total=total)
 
         if action == "verify":
-            opened = Index.open(dataset, check_shards=False)
+            opened = open_index(dataset, RemoteOptions(), check_shards=False)
             bad = verify(opened, report)
         elif action == "repair":
             opened, bad = repair_index(dataset, report)
         else:
-            opened = build_index(dataset, _made_by(dataset), report)
+            opened = build_index(dataset, _made_by(Path(dataset)), report)
     for sample in bad:
         print(f"{sample.shard}: {sample.key or '(the shard itself)'}: {sample.reason}")
     sizes = ", ".join(f"{bucket.name} ({bucket.count:,})" for bucket in opened.buckets)

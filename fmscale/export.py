@@ -138,7 +138,7 @@ def _note(run: Run, weights: str) -> dict[str, Any]:
         "t5_length": run.made_by["t5_length"],
         "encoders": sorted(run.made_by["text"]),
         "base_size": run.config.model.base_size,
-        "dataset_fingerprint": run.description["dataset"]["fingerprint"],
+        "dataset_fingerprint": run.description["dataset"]["generations"][-1]["fingerprint"],
     }
 
 

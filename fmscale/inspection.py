@@ -16,6 +16,7 @@ from PIL import Image
 
 from fmscale.data.index import Index
 from fmscale.data.reader import Sample, read_sample
+from fmscale.data.remote import RemoteOptions, open_index
 from fmscale.data.sequence import permute
 from fmscale.data.tar import DamageError
 from fmscale.encoders.vae import load_vae
@@ -54,7 +55,8 @@ def inspect_command(args: argparse.Namespace) -> None:
     out = Path(args.html)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--html: {out} cannot be written; give a file in a folder that is there")
-    survey = survey_dataset(Index.open(args.dataset), args.samples, args.thumbnails if args.vae else 0, args.vae)
+    index = open_index(args.dataset, RemoteOptions())
+    survey = survey_dataset(index, args.samples, args.thumbnails if args.vae else 0, args.vae)
     print("\n".join(summary(survey)))
     out.write_text(page(survey), encoding="utf-8")
     print(f"page      {out}")

@@ -34,11 +34,12 @@ from fmscale.sample import sample_latents
 log = get_logger(__name__)
 
 
-def reflow(config: ReflowConfig) -> Index:
+def reflow(config: ReflowConfig, allow_pipe: bool = False) -> Index:
     """Generate pairs with a run's EMA weights from the captions of a dataset.
 
     Args:
         config: teacher, captions, solver, and where to write.
+        allow_pipe: programs that it names may be started.
 
     Returns:
         The index of the pairs; the folder `config.out` appears only when it is whole.
@@ -48,7 +49,7 @@ def reflow(config: ReflowConfig) -> Index:
 
     Source: Liu et al. 2022, arXiv:2209.03003, sec. 2.2.
     """
-    run, source = open_run(config.teacher), open_mixture(config.data)
+    run, source = open_run(config.teacher), open_mixture(config.data, allow_pipe)
     check_teacher(run, source)
     with new_folder(config.out) as folder:
         null = open_null(source, run.config.conditioning.null)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Keys that leave the mathematics of a run alone: they may change between one start and the next.
 FREE_KEYS = {"run_dir", "micro_batch", "data.path", "data.workers", "data.max_bad_fraction", "engine.zero_stage"}
 DATASET = "dataset.json"
-FREE_PARTS = ("checkpoint.", "log.")
+FREE_PARTS = ("checkpoint.", "log.", "data.remote.")
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "webdataset", "safetensors", "numpy")
 
 

@@ -9,7 +9,6 @@ train_step: flow/timesteps, flow/path ──► t, noisy_latents, velocity ; con
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -23,9 +22,8 @@ from torch import Tensor
 from fmscale.batch import Batch
 from fmscale.config import TrainConfig
 from fmscale.data.loader import build_loader
-from fmscale.data.mixture import first_difference
 from fmscale.data.order import Split, split
-from fmscale.dataset import Dataset, open_dataset
+from fmscale.dataset import Dataset, go_on, open_dataset, read_shards
 from fmscale.distributed import World, barrier, total, world_from_environment
 from fmscale.encoders.text import assemble
 from fmscale.engine import checkpoint as checkpoints
@@ -61,6 +59,23 @@ class Draws(NamedTuple):
     dropped: Tensor
 
 
+class Allowed(NamedTuple):
+    """What is refused unless the command line says otherwise.
+
+    Attributes:
+        config_change: to go on in a run directory whose config differs.
+        append: to take in shards that were added since the run began.
+        pipe: to start programs that a `pipe:` dataset names.
+    """
+
+    config_change: bool = False
+    append: bool = False
+    pipe: bool = False
+
+
+STRICT = Allowed()
+
+
 class Job(NamedTuple):
     """A run in progress: what every function of the loop works with.
 
@@ -79,55 +94,51 @@ class Job(NamedTuple):
     portions: Split
 
 
-def train(config: TrainConfig, *, allow_changes: bool = False) -> None:
+def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
     """Train from the newest checkpoint of the run directory, or from scratch, until `config.steps`.
 
     Every rank of the job calls it.
 
     Args:
         config: what to train.
-        allow_changes: go on in a run directory whose config differs.
+        allowed: what the command line permits.
 
     Raises:
         UserError: before anything is written, if config, dataset and run directory do not fit together.
     """
     world = world_from_environment()
-    dataset = check_setup(config, world.world_size, allow_changes)
+    dataset = check_setup(config, world.world_size, allowed)
     portions = split(config.global_batch, world.world_size, config.micro_batch)
     init_process_group(world)
     engine = build_engine(config, world.device, portions.micro_batch)
     job = Job(config, dataset.to(world.device), engine, world, portions)
     start = resume(job)
     if world.is_main:
-        start_run_dir(config, _device_names(world), {"shards": dataset.mixture.shards()})
+        start_run_dir(config, _device_names(world), shards_seen(config, dataset))
     loop(job, start)
 
 
-def check_setup(config: TrainConfig, world_size: int, allow_changes: bool = False) -> Dataset:
+def check_setup(config: TrainConfig, world_size: int, allowed: Allowed = STRICT) -> Dataset:
     """Open the dataset and refuse what cannot work, before anything is made.
 
     Raises:
         UserError: says which key and which fact of dataset, model, checkpoint or run directory disagree.
     """
-    dataset = open_dataset(config)
+    dataset = open_dataset(config, allowed.pipe)
     split(config.global_batch, world_size, config.micro_batch)
     with torch.device("meta"):
         shapes = {name: tuple(weight.shape) for name, weight in build_model(config).named_parameters()}
-    check_run_dir(config, allow_changes)
+    check_run_dir(config, allowed.config_change)
     if (found := checkpoints.latest(checkpoints_dir(config.run_dir))) is not None:
-        _check_same_data(config, dataset, found)
+        shards = config.run_dir / DATASET
+        dataset = go_on(dataset, found.index["description"]["dataset"], found.step, shards, allowed.append)
+        _check_null(config, dataset, found)
         checkpoints.check_fits(found, shapes, [ema_name(decay) for decay in config.ema.decays])
     return dataset
 
 
-def _check_same_data(config: TrainConfig, dataset: Dataset, found: checkpoints.Checkpoint) -> None:
+def _check_null(config: TrainConfig, dataset: Dataset, found: checkpoints.Checkpoint) -> None:
     description = found.index["description"]
-    trained_on, ours = description["dataset"]["fingerprint"], dataset.mixture.fingerprint
-    if trained_on != ours:
-        raise UserError(
-            f"data: {dataset.mixture.name} is not what {found.path} was trained on: "
-            f"{_difference(config.run_dir, dataset)}; put it back, or start another run_dir"
-        )
     same_null = description["null"] == config.conditioning.null
     if same_null and description["dataset"]["null_sha256"] != dataset.null_sha256:
         raise UserError(
@@ -136,13 +147,11 @@ def _check_same_data(config: TrainConfig, dataset: Dataset, found: checkpoints.C
         )
 
 
-def _difference(run_dir: Path, dataset: Dataset) -> str:
-    """The first shard that differs from those that the run began with, as far as the run directory tells."""
-    try:
-        before = json.loads((run_dir / DATASET).read_text())["shards"]
-    except (OSError, ValueError, LookupError):
-        return "its fingerprint differs"
-    return first_difference(before, dataset.mixture.shards())
+def shards_seen(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+    """Digests of the shards of each generation of the data, by its fingerprint."""
+    seen = read_shards(config.run_dir / DATASET)
+    known = {old.fingerprint: seen[old.fingerprint] for old in dataset.generations if old.fingerprint in seen}
+    return {**known, dataset.mixture.fingerprint: dataset.mixture.shards()}
 
 
 def build_engine(config: TrainConfig, device: torch.device, micro_batch: int) -> Engine:
@@ -223,7 +232,7 @@ def batches_of(job: Job, start: int) -> Iterator[Batch]:
     config, mixture = job.config, job.dataset.mixture
     return build_loader(
         mixture,
-        mixture.order(config.global_batch, config.seed, config.data.run),
+        mixture.order(config.global_batch, config.seed, config.data.run, job.dataset.generations),
         job.portions,
         rank=job.world.rank,
         start_step=start,
@@ -393,7 +402,7 @@ def check_damage(config: TrainConfig, bad: int, drawn: int) -> None:
 
 def save(job: Job, done: int) -> None:
     """Write a checkpoint of the step."""
-    config, mixture = job.config, job.dataset.mixture
+    config = job.config
     checkpoints.save(
         checkpoints_dir(config.run_dir),
         job.engine.pieces(),
@@ -403,12 +412,7 @@ def save(job: Job, done: int) -> None:
         description={
             "images_seen": done * config.global_batch,
             "config": config.model_dump(mode="json"),
-            "dataset": {
-                "path": mixture.name,
-                "fingerprint": mixture.fingerprint,
-                "null_sha256": job.dataset.null_sha256,
-                "made_by": mixture.made_by,
-            },
+            "dataset": job.dataset.identity(),
             "null": config.conditioning.null,
         },
         keep=config.checkpoint.keep,

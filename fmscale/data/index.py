@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -157,6 +157,13 @@ class Index:
         for number, entry in enumerate(self.shards):
             yield entry, order[edges[number] : edges[number + 1]]
 
+    def reach(self, bucket: Bucket, names: Container[str]) -> int:
+        """Rows of a bucket from its first to the last that lies in one of these shards, both counted."""
+        column = self._columns["shard"][bucket.start : bucket.start + bucket.count]
+        numbers = np.array([i for i, shard in enumerate(self.shards) if shard.name in names], dtype=column.dtype)
+        starts, ends = np.searchsorted(column, numbers, "left"), np.searchsorted(column, numbers, "right")
+        return int(max(ends[ends > starts], default=0))
+
     def _check_shards(self) -> None:
         found = {path.name: path.stat().st_size for path in find_tars(self.path)}
         for shard in self.shards:
@@ -183,7 +190,7 @@ def _open_column(folder: Path, name: str) -> NDArray[Any]:
     column = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
     if column.dtype != np.dtype(COLUMNS[name]) or column.ndim != 1:
         raise ValueError(f"column {name} has another type than version {VERSION} says")
-    return column
+    return np.asarray(column)  # a plain view: numpy's own class for mapped files is slow to index
 
 
 class ShardCheck(NamedTuple):

@@ -23,8 +23,9 @@ from fmscale.batch import BadSample, Batch
 from fmscale.data.mixture import Address, MixedBucket, Mixture
 from fmscale.data.order import Order, Split
 from fmscale.data.reader import RowReader, read_sample
+from fmscale.data.storage import Location, Storage
 from fmscale.data.tar import DamageError
-from fmscale.errors import UserError
+from fmscale.errors import OutageError, UserError
 
 Noise = Callable[[tuple[int, ...], int, int, Callable[[], dict[str, Any]]], Tensor]
 
@@ -68,15 +69,16 @@ def build_loader(
         `(stop_step - start_step) * split.accumulation` batches.
 
     Raises:
-        UserError: from `noise`.
+        UserError: from `noise`, or a place that cannot be read as datasets are.
+        OutageError: a place cannot be reached.
         RuntimeError: a worker died; its text begins with `DataLoader worker`.
     """
     items = partial(work_items, mixture, order, split, rank, start_step, stop_step)
     pipeline = webdataset.DataPipeline(items, partial(make_batches, mixture=mixture, noise=noise))
     try:
         yield from webdataset.WebLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin_memory)
-    except UserError as error:  # torch puts a worker's traceback before the text
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+    except (UserError, OutageError) as error:  # torch puts a worker's traceback before the text
+        raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].strip()) from None
 
 
 def work_items(
@@ -106,19 +108,23 @@ def _make_batch(item: WorkItem, mixture: Mixture, noise: Noise, reader: RowReade
     count = len(item.samples)
     tensors = mixture.empty(item.bucket, count)
     shape = tuple(tensors["latents"].shape[1:])
-    drawn, weight = torch.zeros(count, *shape), torch.zeros(count)
+    drawn, weight = torch.empty(count, *shape), torch.zeros(count)
     keys, bad = [""] * count, []
     for row, (slot, address) in enumerate(zip(item.slots.tolist(), item.samples, strict=True)):
         if address is not None:
-            keys[row], place = mixture.key(address), (mixture.storage(address), mixture.location(address))
+            keys[row], storage, location = mixture.key(address), mixture.storage(address), mixture.location(address)
             try:
-                reader.read(*place, tensors, row)
-                drawn[row] = noise(shape, item.step, slot, lambda place=place: read_sample(*place).read_meta())
+                reader.read(storage, location, tensors, row)
+                drawn[row] = noise(shape, item.step, slot, partial(_read_meta, storage, location))
                 weight[row] = 1
             except DamageError as damage:
-                bad.append(BadSample(keys[row], place[1].shard, str(damage)))
+                bad.append(BadSample(keys[row], location.shard, str(damage)))
         if not weight[row]:
-            for tensor in tensors.values():
+            for tensor in (drawn, *tensors.values()):
                 tensor[row] = 0
     size = (item.bucket.height, item.bucket.width)
     return Batch(item.step, size, torch.from_numpy(item.slots), weight, tensors, drawn, tuple(keys), tuple(bad))
+
+
+def _read_meta(storage: Storage, location: Location) -> dict[str, Any]:
+    return read_sample(storage, location).read_meta()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fmscale.data.index import Index, Layout
-from fmscale.data.order import Order, StepPlan
+from fmscale.data.order import Generation, Order, StepPlan
 from fmscale.data.storage import Location, Storage
 from fmscale.errors import UserError
 
@@ -46,6 +46,15 @@ class Address(NamedTuple):
 
     part: int
     row: int
+
+
+def only_appended(old: Sequence[Mapping[str, str]], new: Sequence[Mapping[str, str]]) -> bool:
+    """Whether all shards that were there are there, unchanged.
+
+    Args:
+        old, new: from `Mixture.shards`.
+    """
+    return len(old) == len(new) and all(before.items() <= now.items() for before, now in zip(old, new, strict=True))
 
 
 def first_difference(old: Sequence[Mapping[str, str]], new: Sequence[Mapping[str, str]]) -> str:
@@ -132,10 +141,38 @@ class Mixture:
             {shard.name: f"{shard.sha256} {shard.samples}" for shard in dataset.shards} for dataset in self.datasets
         ]
 
-    def order(self, global_batch: int, seed: int, run: int = 1) -> Order:
-        """The order in which training sees the samples."""
-        sizes = [(bucket.name, bucket.counts) for bucket in self.buckets]
-        return Order(sizes, global_batch, seed, self.weights, run)
+    def generation(self, step: int = 0) -> Generation:
+        """All that is stored, for the steps from one on."""
+        return Generation(step, {bucket.name: bucket.counts for bucket in self.buckets}, self.fingerprint)
+
+    def order(
+        self, global_batch: int, seed: int, run: int = 1, generations: Sequence[Generation] | None = None
+    ) -> Order:
+        """The order in which training sees the samples.
+
+        Args:
+            global_batch, seed, run: as for `Order`.
+            generations: where data was appended in mid-run: what was stored when; the last of them is what is now.
+        """
+        return Order(generations or [self.generation()], global_batch, seed, self.weights, run)
+
+    def check_appended(self, before: Sequence[Mapping[str, str]], old: Generation) -> None:
+        """Refuse appended shards that stand among the old ones: rows follow the shards' names.
+
+        Args:
+            before: the shards that were there, from `shards`.
+            old: how many samples they held.
+
+        Raises:
+            UserError: says of which bucket.
+        """
+        for part, (dataset, names) in enumerate(zip(self.datasets, before, strict=True)):
+            for bucket in dataset.buckets:
+                if bucket.name in old.sizes and dataset.reach(bucket, names) != old.sizes[bucket.name][part]:
+                    raise UserError(
+                        f"{dataset.place}: in bucket {bucket.name} new shards stand before old ones; rename them so "
+                        "that in each bucket they come last by name, and run `fmscale index` again"
+                    )
 
     def addresses(self, plan: StepPlan) -> list[Address]:
         """The samples of a step, one for each slot of the global batch."""

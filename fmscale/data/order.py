@@ -1,18 +1,18 @@
-"""Which samples a step trains on: a pure function of the bucket sizes, the weights, the seed and the step.
+"""Which samples a step trains on: a pure function of the sizes of the data, the weights, the seed and the step.
 
 Nothing is stored: any step is computed from its number in O(log samples) time and O(global_batch) memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fmscale.data.sequence import Rotation, permute_runs, stable_hash
+from fmscale.data.sequence import Epochs, Rotation, stable_hash
 from fmscale.errors import UserError
 
 WEIGHT_UNITS = 1 << 30  # a mixture's weights are kept to nine digits
@@ -32,15 +32,30 @@ class StepPlan(NamedTuple):
     rows: NDArray[np.int64]
 
 
+class Generation(NamedTuple):
+    """The data from a step on; each generation holds what the one before held, and more.
+
+    Attributes:
+        step: the first that it is for.
+        sizes: by the name of each bucket, how many samples of it each dataset holds; no bucket is empty.
+        fingerprint: of the data, for those who compare.
+    """
+
+    step: int
+    sizes: Mapping[str, Sequence[int]]
+    fingerprint: str = ""
+
+
 class Order:
     """The order of samples: step number in; bucket, datasets and rows out.
 
     A rotation picks the bucket of each step, another the dataset of each of the bucket's samples; both spread their
     choices evenly. What a dataset gives to a bucket is an endless stream of its own: epoch after epoch of a permutation
-    under a new key.
+    under a new key. Where data was appended, both rotations start anew with that step, and each stream takes the new
+    samples in with its next epoch.
 
     Args:
-        buckets: name of each, and how many samples of it each dataset holds; names are distinct, no bucket is empty.
+        generations: by their steps, the first from step 0 on; buckets and datasets are numbered as in the last.
         global_batch: images per step, at most 2**20.
         seed: any integer.
         weights: share of each dataset in the samples, > 0; None for shares by size.
@@ -49,22 +64,26 @@ class Order:
 
     def __init__(
         self,
-        buckets: Sequence[tuple[str, Sequence[int]]],
+        generations: Sequence[Generation],
         global_batch: int,
         seed: int,
         weights: Sequence[float] | None = None,
         run: int = 1,
     ):
-        self.names = tuple(name for name, _ in buckets)
-        self.sizes = tuple(tuple(sizes) for _, sizes in buckets)
-        self.global_batch, self.seed, self.run = global_batch, seed, run
-        assert min(map(sum, self.sizes), default=0) > 0, "there must be a bucket, and a sample in each"
-        assert len(set(self.names)) == len(self.names), "bucket names must differ"
-        arcs = self.sizes if weights is None else _weighted(self.sizes, weights)
-        self._buckets = Rotation([sum(parts) for parts in arcs], stable_hash(seed, "buckets"))
-        self._parts = [
-            Rotation(parts, stable_hash(seed, name, "parts")) for name, parts in zip(self.names, arcs, strict=True)
-        ]
+        assert generations, "there must be data"
+        assert generations[0].step == 0, "there must be data from step 0 on"
+        self.names = tuple(generations[-1].sizes)
+        self.global_batch = global_batch
+        datasets = len(generations[-1].sizes[self.names[0]])
+        self._streams = [[Epochs(0, (seed, name, part), run) for part in range(datasets)] for name in self.names]
+        self._eras: list[_Era] = []
+        for generation in generations:
+            drawn = [[self._drawn(generation.step, b, p) for p in range(datasets)] for b in range(len(self.names))]
+            sizes = [tuple(generation.sizes.get(name, (0,) * datasets)) for name in self.names]
+            for b, p in np.ndindex(len(sizes), datasets):
+                if sizes[b][p]:
+                    self._streams[b][p].resize(drawn[b][p], sizes[b][p])
+            self._eras.append(_Era(generation.step, self.names, sizes, weights, seed, drawn))
 
     def batch(self, step: int) -> StepPlan:
         """Bucket, datasets and rows of a step, whatever steps were asked for before.
@@ -72,22 +91,58 @@ class Order:
         Args:
             step: optimizer step, >= 0.
         """
-        bucket = int(self._buckets.items(step, 1)[0])
-        first = self._buckets.before(step, bucket) * self.global_batch
-        parts = self._parts[bucket].items(first, self.global_batch)
+        era = self._era(step)
+        bucket = int(era.buckets.items(step - era.step, 1)[0])
+        parts = era.parts[bucket].items(era.steps_before(step, bucket) * self.global_batch, self.global_batch)
         rows = np.empty_like(parts)
         for part in np.unique(parts).tolist():
             chosen = np.flatnonzero(parts == part)
-            rows[chosen] = self._rows(bucket, part, self._parts[bucket].before(first, part), len(chosen))
+            rows[chosen] = self._streams[bucket][part].numbers(self._drawn(step, bucket, part), len(chosen))
         return StepPlan(bucket, parts, rows)
 
-    def _rows(self, bucket: int, part: int, first: int, count: int) -> NDArray[np.int64]:
-        """Places first … first + count - 1 of the stream that a dataset gives to a bucket."""
-        size = self.sizes[bucket][part]
-        first_epoch, offset = divmod(first, size)  # Python integers: no overflow at any step
-        epochs, offsets = np.divmod(offset + np.arange(count), size)
-        keys = [stable_hash(self.seed, self.names[bucket], part, first_epoch + i) for i in range(int(epochs[-1]) + 1)]
-        return permute_runs(offsets, size, np.array(keys, dtype=np.uint64)[epochs], self.run)
+    def _era(self, step: int) -> _Era:
+        return next(era for era in reversed(self._eras) if era.step <= step)
+
+    def _drawn(self, step: int, bucket: int, part: int) -> int:
+        """How many samples of a dataset and bucket come before a step."""
+        if not self._eras:
+            return 0
+        era = self._era(step - 1) if step else self._eras[0]
+        images = era.steps_before(step, bucket) * self.global_batch
+        return era.drawn[bucket][part] + (era.parts[bucket].before(images, part) if images else 0)
+
+
+class _Era:
+    """The steps of one generation.
+
+    Attributes:
+        step: the first of them.
+        buckets: which bucket each of them uses.
+        parts: per bucket, which dataset each of its images is from; only for buckets that hold samples.
+        drawn: per bucket and dataset, how many samples come before the first step.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        names: Sequence[str],
+        sizes: Sequence[Sequence[int]],
+        weights: Sequence[float] | None,
+        seed: int,
+        drawn: Sequence[Sequence[int]],
+    ):
+        self.step, self.drawn = step, drawn
+        arcs = sizes if weights is None else _weighted(sizes, weights)
+        self.buckets = Rotation([sum(parts) for parts in arcs], stable_hash(seed, "buckets"))
+        self.parts = {
+            number: Rotation(parts, stable_hash(seed, name, "parts"))
+            for number, (name, parts) in enumerate(zip(names, arcs, strict=True))
+            if sum(parts)
+        }
+
+    def steps_before(self, step: int, bucket: int) -> int:
+        """How many of these steps, up to a step, use a bucket."""
+        return self.buckets.before(step - self.step, bucket)
 
 
 def _weighted(sizes: Sequence[Sequence[int]], weights: Sequence[float]) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Endless sequences that are evaluated at any place, with nothing stored and nothing walked through.
 
 permute    a keyed pseudo-random permutation: place in an epoch -> sample
+Epochs     epoch after epoch of permutations: place -> sample; an epoch may have more samples than the one before
 Rotation   arcs of a circle visited evenly: number -> arc, and how often an arc came before
 """
 
@@ -10,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
 from math import gcd, isqrt
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -105,6 +107,58 @@ def permute_runs(position: ArrayLike, size: int, key: ArrayLike, run: int) -> ND
     keys = np.broadcast_to(np.asarray(key, dtype=np.uint64), position.shape)
     out[whole] = permute(position[whole] // run, runs, keys[whole]) * run + position[whole] % run
     return (out + (keys % np.uint64(size)).astype(np.int64)) % size
+
+
+class _Span(NamedTuple):
+    """Epochs of one size: the place and the number of the first of them."""
+
+    place: int
+    epoch: int
+    size: int
+
+
+class Epochs:
+    """An endless sequence of numbers: in each epoch every number below its size once, under a key of its own.
+
+    Args:
+        size: of the first epoch, 0 where it has yet to grow.
+        name: what the keys are made of, beside the number of the epoch.
+        run: neighbouring numbers that stay together, >= 1.
+    """
+
+    def __init__(self, size: int, name: tuple[int | str, ...], run: int = 1):
+        self._spans = [_Span(0, 0, size)]
+        self._name, self._run = name, run
+
+    def resize(self, place: int, size: int) -> None:
+        """From the first epoch on that begins at `place` or behind it, epochs are of another size.
+
+        Args:
+            place: nothing from here on was used yet; not before that of an earlier call.
+            size: > 0.
+        """
+        last = self._spans[-1]
+        if place <= last.place:
+            self._spans[-1] = last._replace(size=size)
+        elif size != last.size:
+            begun = -(-(place - last.place) // last.size)
+            self._spans.append(_Span(last.place + begun * last.size, last.epoch + begun, size))
+
+    def numbers(self, first: int, count: int) -> NDArray[np.int64]:
+        """Those at places first … first + count - 1, shape (count,), int64; count is at most 2**20."""
+        out = np.empty(count, dtype=np.int64)
+        ends = [span.place for span in self._spans[1:]] + [first + count]
+        for span, end in zip(self._spans, ends, strict=True):
+            begin, end = max(first, span.place), min(first + count, end)
+            if begin < end:
+                out[begin - first : end - first] = self._within(span, begin, end - begin)
+        return out
+
+    def _within(self, span: _Span, first: int, count: int) -> NDArray[np.int64]:
+        epoch, offset = divmod(first - span.place, span.size)  # Python integers: no overflow at any place
+        epochs, offsets = np.divmod(offset + np.arange(count), span.size)
+        keys = [stable_hash(*self._name, span.epoch + epoch + i) for i in range(int(epochs[-1]) + 1)]
+        return permute_runs(offsets, span.size, np.array(keys, dtype=np.uint64)[epochs], self._run)
 
 
 class Rotation:

@@ -46,14 +46,14 @@ class Storage(Protocol):
 
         Raises:
             OSError: the shard cannot be read.
-            Outage: the service that holds it cannot be reached.
+            OutageError: the service that holds it cannot be reached.
         """
 
     def open(self, name: str) -> BinaryIO:
         """A whole file, to be read from its start to its end.
 
         Raises:
-            OSError, Outage: as for `read`.
+            OSError, OutageError: as for `read`.
         """
 
 

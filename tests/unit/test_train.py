@@ -16,7 +16,7 @@ from fmscale.dataset import open_mixture
 from fmscale.encoders.null import load_null, save_null
 from fmscale.engine.metrics import read_metrics
 from fmscale.errors import UserError
-from fmscale.train import draw_step, drop_text, train
+from fmscale.train import Allowed, draw_step, drop_text, train
 
 Make = Callable[..., TrainConfig]
 
@@ -141,7 +141,7 @@ def test_a_refused_start_changes_nothing(
     train(make_config(tmp_path / "run", "steps=2"))
     before = written(tmp_path / "run")
     with pytest.raises(UserError, match=said):
-        train(make_config(tmp_path / "run", "steps=4", change), allow_changes=True)
+        train(make_config(tmp_path / "run", "steps=4", change), Allowed(config_change=True))
     assert written(tmp_path / "run") == before
 
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmscale.data.order import Order, split
+from fmscale.data.order import Generation, Order, split
 from fmscale.data.sequence import Rotation, floor_sum, permute, permute_runs, stable_hash
 from fmscale.errors import UserError
 
 few = settings(max_examples=30, deadline=None)  # a busy machine is slow, not wrong
-BUCKETS = [("8x8", (50,)), ("8x16", (3,)), ("16x8", (20,))]
+BUCKETS = [Generation(0, {"8x8": (50,), "8x16": (3,), "16x8": (20,)})]
 
 
 @few
@@ -64,7 +64,7 @@ def test_floor_sum_equals_the_sum(count: int, modulus: int, factor: int, offset:
 @few
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 2**32))
 def test_each_bucket_is_used_as_often_as_it_has_samples(sizes: list[int], seed: int) -> None:
-    order = Order([(f"{i}", (size,)) for i, size in enumerate(sizes)], 1, seed)
+    order = Order([Generation(0, {f"{i}": (size,) for i, size in enumerate(sizes)})], 1, seed)
     total = sum(sizes)
     for start in (0, 3 * total):
         used = Counter(order.batch(step).bucket for step in range(start, start + total))
@@ -88,7 +88,7 @@ def test_every_sample_comes_once_per_epoch(global_batch: int) -> None:
         assert plan.rows.shape == (global_batch,)
         assert plan.rows.dtype == np.int64
         streams[plan.bucket] += plan.rows.tolist()
-    for (_, (size,)), stream in zip(BUCKETS, streams, strict=True):
+    for (_, (size,)), stream in zip(BUCKETS[0].sizes.items(), streams, strict=True):
         epochs = [stream[at : at + size] for at in range(0, len(stream) - size + 1, size)]
         assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
         assert len(epochs) > 1
@@ -105,7 +105,7 @@ def test_a_step_does_not_depend_on_history() -> None:
 
 
 def test_steps_far_away_cost_no_more() -> None:
-    order = Order([("a", (10**9,)), ("b", (3 * 10**8,))], 8, 1)
+    order = Order([Generation(0, {"a": (10**9,), "b": (3 * 10**8,)})], 8, 1)
     plan, following = order.batch(10**12), order.batch(10**12 + 13 * 10**8)
     assert plan.bucket == following.bucket  # one turn of the circle later
     assert 0 <= plan.rows.min() <= plan.rows.max() < (10**9, 3 * 10**8)[plan.bucket]
@@ -114,7 +114,7 @@ def test_steps_far_away_cost_no_more() -> None:
 
 def test_seed_and_bucket_name_change_the_order() -> None:
     def rows(name: str, seed: int) -> list[int]:
-        return Order([(name, (1000,))], 20, seed).batch(0).rows.tolist()
+        return Order([Generation(0, {name: (1000,)})], 20, seed).batch(0).rows.tolist()
 
     assert len({tuple(rows("8x8", 0)), tuple(rows("8x8", 1)), tuple(rows("8x16", 0))}) == 3
 
@@ -142,7 +142,8 @@ def test_runs_stay_together(size: int, run: int, key: int) -> None:
 
 def test_weights_set_the_shares_and_sizes_the_epochs() -> None:
     """Two datasets, the small one twice as often as the large one: its epochs come round sooner."""
-    order = Order([("8x8", (60, 10)), ("8x16", (0, 5))], 6, 1, weights=(1.0, 2.0))
+    sizes = {"8x8": (60, 10), "8x16": (0, 5)}
+    order = Order([Generation(0, sizes)], 6, 1, weights=(1.0, 2.0))
     seen: dict[tuple[int, int], list[int]] = {(0, 0): [], (0, 1): [], (1, 1): []}
     for step in range(900):
         plan = order.batch(step)
@@ -153,10 +154,58 @@ def test_weights_set_the_shares_and_sizes_the_epochs() -> None:
     assert len(seen[0, 1]) / total == pytest.approx(2 / 3 * 10 / 15, abs=0.01)
     assert len(seen[1, 1]) / total == pytest.approx(2 / 3 * 5 / 15, abs=0.01)
     for (bucket, part), stream in seen.items():
-        size = order.sizes[bucket][part]
+        size = sizes[order.names[bucket]][part]
         epochs = [stream[at : at + size] for at in range(0, len(stream) - size + 1, size)]
         assert len(epochs) > 20
         assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+
+
+@st.composite
+def growing(draw: st.DrawFn) -> list[Generation]:
+    """Data of two datasets and up to three buckets that grows a few times, or stays, in steps as they come."""
+    step, sizes = 0, {"a": [draw(st.integers(1, 12)), 1 + draw(st.integers(0, 12))]}
+    generations = [Generation(0, {name: tuple(parts) for name, parts in sizes.items()})]
+    for _ in range(draw(st.integers(0, 3))):
+        step += draw(st.integers(1, 20))
+        for name in draw(st.lists(st.sampled_from("abc"), max_size=3)):
+            sizes.setdefault(name, [0, 0])[draw(st.integers(0, 1))] += draw(st.integers(1, 15))
+        generations.append(Generation(step, {name: tuple(parts) for name, parts in sizes.items()}))
+    return generations
+
+
+@few
+@given(growing(), st.integers(1, 9), st.sampled_from([None, (1.0, 3.0)]), st.integers(1, 3))
+def test_appended_samples_come_in_with_the_next_epoch(
+    generations: list[Generation], global_batch: int, weights: tuple[float, float] | None, run: int
+) -> None:
+    order = Order(generations, global_batch, 7, weights, run)
+    streams: dict[tuple[str, int], list[tuple[int, int]]] = {}  # step and row
+    for step in range(generations[-1].step + 60):
+        plan = order.batch(step)
+        for part, row in zip(plan.parts.tolist(), plan.rows.tolist(), strict=True):
+            streams.setdefault((order.names[plan.bucket], part), []).append((step, row))
+    for (name, part), stream in streams.items():
+        at = 0
+        while at < len(stream):
+            stored = next(entry for entry in reversed(generations) if entry.step <= stream[at][0])
+            size = stored.sizes[name][part]
+            epoch = [row for _, row in stream[at : at + size]]
+            assert len(set(epoch)) == len(epoch)
+            assert set(epoch) <= set(range(size))
+            at += size
+
+
+@few
+@given(growing(), st.integers(1, 9))
+def test_what_was_drawn_before_data_was_appended_stays(generations: list[Generation], global_batch: int) -> None:
+    whole = Order(generations, global_batch, 7)
+    for number in range(1, len(generations)):
+        before = Order(generations[:number], global_batch, 7)
+        for step in range(generations[number - 1].step, generations[number].step):
+            old, new = before.batch(step), whole.batch(step)
+            assert before.names[old.bucket] == whole.names[new.bucket]
+            assert old.parts.tolist() == new.parts.tolist()
+            assert old.rows.tolist() == new.rows.tolist()
 
 
 @few

@@ -1,0 +1,309 @@
+"""Datasets behind URLs: byte ranges through fsspec, with retry, back-off and a bounded cache on the local disk.
+
+open_index      folder or URL -> Index; of a URL, the index is fetched and kept
+RemoteStorage   reads samples: from the cache, else by many requests at a time
+ShardCache      which parts of shards are here
+Transport       one request: fsspec, or the program that a `pipe:` names
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+
+from fmscale.data.index import COLUMNS, FOLDER, Index, Shard
+from fmscale.data.storage import Location, crc32
+from fmscale.data.tar import CHUNK_BYTES
+from fmscale.data.transport import Transport, connect, is_remote
+from fmscale.errors import OutageError, UserError
+from fmscale.files import locked, new_folder
+from fmscale.log import get_logger
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+log = get_logger(__name__)
+Result = TypeVar("Result")
+REQUESTS = 16  # at a time: object stores answer each slowly, and many at once
+FIRST_DELAY_S = 0.5
+BESIDE = "null.safetensors"  # lies beside the index where the dataset was encoded
+
+
+@dataclass(frozen=True)
+class RemoteOptions:
+    """How datasets behind URLs are read.
+
+    Attributes:
+        cache: folder of this machine for their indices and shards; None for `~/.cache/fmscale`.
+        cache_bytes: the most that is kept there of one dataset's shards.
+        timeout_s: seconds after which an unanswered request has failed, > 0.
+        attempts: how often a request is made before the program gives up, >= 1.
+        allow_pipe: `pipe:COMMAND` may be run.
+    """
+
+    cache: Path | None = None
+    cache_bytes: int = 0
+    timeout_s: float = 60
+    attempts: int = 6
+    allow_pipe: bool = False
+
+
+def open_index(place: str, options: RemoteOptions, check_shards: bool = True) -> Index:
+    """Open the index of a dataset that lies anywhere.
+
+    Args:
+        place: a folder; a URL; or `pipe:COMMAND` (see `transport`).
+        options: for those that are no folder.
+        check_shards: also compare names and sizes of the tars in a folder with the index.
+
+    Raises:
+        UserError: there is no such dataset, or its index cannot be used, or the place may not be read.
+        OutageError: the place cannot be reached.
+    """
+    if not is_remote(place):
+        return Index.open(place, check_shards)
+    storage = RemoteStorage(place, options)
+    index = Index.open(storage.fetch_index(), storage=storage)
+    _check_names(place, index.shards)
+    storage.cache = ShardCache(storage.folder / "shards", index.shards, options.cache_bytes)
+    return index
+
+
+def _check_names(place: str, shards: Sequence[Shard]) -> None:
+    """Names become parts of URLs and paths, so those of a stranger may hold nothing that leads elsewhere."""
+    for shard in shards:
+        if not re.fullmatch(r"[^-./\\?#%{}\s][^/\\?#%{}\0-\x1f]*", shard.name) or not re.fullmatch(
+            "[0-9a-f]{64}", shard.sha256
+        ):
+            raise UserError(f"{place}: its index names a shard {shard.name!r}, which is no plain file name")
+
+
+class ShardCache:
+    """Parts of shards that were fetched once, in sparse files, up to a bound.
+
+    The first shards of the dataset that fit are kept; nothing ever gives way to something else, since in an epoch each
+    sample is drawn once, whichever it is. The index's checksum says whether a part is there: so no other book is kept,
+    and it matters to nobody when a process dies in mid-write.
+
+    Args:
+        folder: made where it is missing.
+        shards: of the dataset.
+        limit_bytes: the most that the files hold together.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], limit_bytes: int):
+        self._files: dict[str, Path] = {}
+        self._warned = False
+        for shard in shards:
+            limit_bytes -= shard.size
+            if limit_bytes < 0:
+                break
+            self._files[shard.name] = folder / shard.sha256
+        known = {shard.sha256 for shard in shards}
+        if self._files:
+            folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("*"):  # of shards that the dataset no longer has
+            if stale.name not in known:
+                stale.unlink(missing_ok=True)
+
+    def get(self, location: Location) -> bytes | None:
+        """The bytes of a sample, if they are here."""
+        path = self._files.get(location.shard)
+        if path is None:
+            return None
+        try:
+            with path.open("rb", buffering=0) as file:
+                data = os.pread(file.fileno(), location.length, location.offset)
+        except FileNotFoundError:
+            return None
+        return data if len(data) == location.length and crc32([data]) == location.crc32 else None
+
+    def put(self, location: Location, data: bytes) -> None:
+        """Keep the bytes of a sample, if its shard is one of those that are kept."""
+        path = self._files.get(location.shard)
+        if path is None or len(data) != location.length:
+            return
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+            try:
+                os.pwrite(descriptor, data, location.offset)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if not self._warned:
+                log.warning("%s cannot be written (%s): samples are fetched anew", path.parent, error.strerror)
+            self._warned = True
+
+
+class RemoteStorage:
+    """A dataset behind a URL, as a `Storage`.
+
+    Args:
+        place: a URL, or `pipe:COMMAND`.
+        options: how it is read.
+
+    Attributes:
+        folder: what is kept of it on this machine.
+        cache: parts of shards that are here.
+
+    Raises:
+        UserError: the place may not be read, or not by this installation.
+    """
+
+    def __init__(self, place: str, options: RemoteOptions, cache: ShardCache | None = None):
+        self._place, self._options = place, options
+        self._transport: Transport = connect(place, options.timeout_s, options.allow_pipe)
+        self._pid = os.getpid()
+        self._held: dict[Location, bytes | Exception] = {}
+        root = options.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmscale"
+        self.folder = root.absolute() / hashlib.sha256(place.encode()).hexdigest()[:16]
+        self.cache = cache
+
+    def __reduce__(self) -> tuple[type[RemoteStorage], tuple[Any, ...]]:
+        return RemoteStorage, (self._place, self._options, self.cache)
+
+    def where(self, name: str) -> str:
+        """See `Storage`."""
+        return self._transport.where(name)
+
+    def expect(self, locations: Sequence[Location]) -> None:
+        """See `Storage`: fetches what is not in the cache, all of it at once."""
+        kept = {location: self.cache.get(location) if self.cache else None for location in locations}
+        self._held = {location: data for location, data in kept.items() if data is not None}
+        missing = [location for location, data in kept.items() if data is None]
+        if not missing:
+            return
+        with ThreadPoolExecutor(min(REQUESTS, len(missing))) as pool:
+            self._held.update(zip(missing, pool.map(self._fetch, missing), strict=True))
+
+    def _fetch(self, location: Location) -> bytes | Exception:
+        """The bytes of a sample, or why they cannot be had: other samples are not to wait for that."""
+        try:
+            data = self._range(location.shard, location.offset, location.length)
+        except (OSError, OutageError) as error:
+            return error
+        if self.cache:
+            self.cache.put(location, data)
+        return data
+
+    def read(self, location: Location, buffers: Sequence[memoryview]) -> int:
+        """See `Storage`."""
+        if location not in self._held:
+            self.expect([location])
+        data = self._held[location]
+        if isinstance(data, Exception):
+            raise data
+        done = 0
+        for buffer in buffers:
+            piece = data[done : done + len(buffer)]
+            buffer[: len(piece)] = piece
+            done += len(piece)
+        return done
+
+    def open(self, name: str) -> BinaryIO:
+        """See `Storage`."""
+        return cast(BinaryIO, io.BufferedReader(_Ranges(self, name), CHUNK_BYTES))
+
+    def fetch_index(self) -> Path:
+        """Bring the index, and what lies beside it, to this machine; once for all processes.
+
+        Returns:
+            A folder that holds them.
+
+        Raises:
+            UserError: there is no index, or no room for it.
+            OutageError: the place cannot be reached.
+        """
+        try:
+            manifest = self._whole(f"{FOLDER}/manifest.json")
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.where('')} has no {FOLDER}/manifest.json: run `fmscale index` where the tars lie, and put its "
+                f"folder `{FOLDER}` beside them"
+            ) from None
+        try:
+            beside = self._whole(BESIDE)
+        except FileNotFoundError:
+            beside = b""
+        final = self.folder / f"index-{hashlib.sha256(manifest + beside).hexdigest()[:16]}"
+        with locked(self.folder / "lock"):
+            if not final.is_dir():
+                self._fetch_columns(final, manifest, beside)
+        return final
+
+    def _fetch_columns(self, final: Path, manifest: bytes, beside: bytes) -> None:
+        with new_folder(final) as folder:
+            (folder / FOLDER).mkdir()
+            (folder / FOLDER / "manifest.json").write_bytes(manifest)
+            if beside:
+                (folder / BESIDE).write_bytes(beside)
+            for column in COLUMNS:
+                self._fetch_file(f"{FOLDER}/{column}.npy", folder)
+
+    def _fetch_file(self, name: str, folder: Path) -> None:
+        try:
+            self._retried(name, lambda: self._transport.download(name, folder / name))
+        except FileNotFoundError:
+            raise UserError(f"{self.where(name)} is missing: put the whole index there") from None
+
+    def _whole(self, name: str) -> bytes:
+        return self._retried(name, lambda: self._transport.read(name, 0, None))
+
+    def _range(self, name: str, offset: int, length: int) -> bytes:
+        return self._retried(name, lambda: self._transport.read(name, offset, offset + length))
+
+    def _retried(self, name: str, request: Callable[[], Result]) -> Result:
+        """The answer to a request; one that fails is made again, after a pause that doubles each time."""
+        if self._pid != os.getpid():  # connections do not survive a fork
+            self._transport = connect(self._place, self._options.timeout_s, self._options.allow_pipe)
+            self._pid = os.getpid()
+        for attempt in range(1, self._options.attempts + 1):
+            try:
+                return request()
+            except (FileNotFoundError, UserError):
+                raise
+            except Exception as error:  # each store's library has exceptions of its own
+                cause = f"{type(error).__name__}: {error}".rstrip(": ").replace("\n", " ")
+                if attempt == self._options.attempts or self._transport.is_final(error):
+                    tries = "once" if attempt == 1 else f"{attempt} times"
+                    raise OutageError(f"{self.where(name)} cannot be read (tried {tries}): {cause}") from error
+                log.warning("%s: %s; trying again (%d of %d)", self.where(name), cause, attempt, self._options.attempts)
+                time.sleep(FIRST_DELAY_S * 2 ** (attempt - 1) * random.uniform(0.5, 1))
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+class _Ranges(io.RawIOBase):
+    """A file read range by range, from its start to its end."""
+
+    def __init__(self, storage: RemoteStorage, name: str):
+        self._storage, self._name, self._position = storage, name, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        assert whence == io.SEEK_SET, "the end of the file is not known"
+        self._position = offset
+        return offset
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer)
+        data = self._storage._range(self._name, self._position, len(view))
+        view[: len(data)] = data
+        self._position += len(data)
+        return len(data)

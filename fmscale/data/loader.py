@@ -9,6 +9,7 @@ turns among the workers, so their number changes nothing but speed.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -78,6 +79,7 @@ def build_loader(
     try:
         yield from webdataset.WebLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin_memory)
     except (UserError, OutageError) as error:  # torch puts a worker's traceback before the text
+        traceback.clear_frames(error.__traceback__)  # they hold the loader, and so the workers, until who knows when
         raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].strip()) from None
 
 

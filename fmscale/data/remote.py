@@ -123,7 +123,7 @@ class ShardCache:
         try:
             with path.open("rb", buffering=0) as file:
                 data = os.pread(file.fileno(), location.length, location.offset)
-        except FileNotFoundError:
+        except OSError:  # not fetched yet, or a disk that fails: the place itself still has it
             return None
         return data if len(data) == location.length and crc32([data]) == location.crc32 else None
 
@@ -182,18 +182,23 @@ class RemoteStorage:
         missing = [location for location, data in kept.items() if data is None]
         if not missing:
             return
-        with ThreadPoolExecutor(min(REQUESTS, len(missing))) as pool:
-            self._held.update(zip(missing, pool.map(self._fetch, missing), strict=True))
+        runs = _runs(missing)
+        with ThreadPoolExecutor(min(REQUESTS, len(runs))) as pool:
+            for fetched in pool.map(self._fetch, runs):
+                self._held.update(fetched)
 
-    def _fetch(self, location: Location) -> bytes | Exception:
-        """The bytes of a sample, or why they cannot be had: other samples are not to wait for that."""
+    def _fetch(self, run: Sequence[Location]) -> dict[Location, bytes | Exception]:
+        """The bytes of samples that lie side by side, or why they cannot be had: others are not to wait for that."""
+        first, last = run[0], run[-1]
         try:
-            data = self._range(location.shard, location.offset, location.length)
+            data = self._range(first.shard, first.offset, last.offset + last.length - first.offset)
         except (OSError, OutageError) as error:
-            return error
-        if self.cache:
-            self.cache.put(location, data)
-        return data
+            return dict.fromkeys(run, error)
+        found = {place: data[place.offset - first.offset :][: place.length] for place in run}
+        for place, part in found.items():
+            if self.cache:
+                self.cache.put(place, part)
+        return {**found}
 
     def read(self, location: Location, buffers: Sequence[memoryview]) -> int:
         """See `Storage`."""
@@ -279,6 +284,18 @@ class RemoteStorage:
                 log.warning("%s: %s; trying again (%d of %d)", self.where(name), cause, attempt, self._options.attempts)
                 time.sleep(FIRST_DELAY_S * 2 ** (attempt - 1) * random.uniform(0.5, 1))
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _runs(locations: Sequence[Location]) -> list[list[Location]]:
+    """Samples grouped into stretches of bytes: each is one request."""
+    runs: list[list[Location]] = []
+    for place in sorted(locations):
+        last = runs[-1][-1] if runs else None
+        if last and (last.shard, last.offset + last.length) == (place.shard, place.offset):
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return runs
 
 
 class _Ranges(io.RawIOBase):

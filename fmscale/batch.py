@@ -5,6 +5,7 @@ Dimensions: B images, C latent channels, H x W latent pixels, L text tokens, D t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,3 +74,33 @@ class Batch:
         """The same batch in page-locked memory, from which copies to a GPU run in the background."""
         tensors = {name: tensor.pin_memory() for name, tensor in self.tensors.items()}
         return replace(self, weight=self.weight.pin_memory(), tensors=tensors, noise=self.noise.pin_memory())
+
+
+def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches on a device; a GPU copies the next one on a stream of its own, beside the work on this one.
+
+    Args:
+        batches: on the CPU, page-locked where `device` is a GPU.
+        device: where they are needed.
+    """
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    stream = torch.cuda.Stream(device)
+    ahead = _copy_on(stream, batches)
+    while ahead is not None:
+        batch, arrived = ahead
+        ahead = _copy_on(stream, batches)
+        current = torch.cuda.current_stream(device)
+        current.wait_event(arrived)
+        for tensor in (batch.weight, batch.noise, *batch.tensors.values()):
+            tensor.record_stream(current)  # else its memory could be given away while this stream still reads it
+        yield batch
+
+
+def _copy_on(stream: torch.cuda.Stream, batches: Iterator[Batch]) -> tuple[Batch, torch.cuda.Event] | None:
+    batch = next(batches, None)
+    if batch is None:
+        return None
+    with torch.cuda.stream(stream):
+        return batch.to(stream.device), stream.record_event()

@@ -2,7 +2,7 @@
 
 RUN/config.yaml       the merged config, written first
     environment.json  versions, git hash, host and devices of the last start
-    dataset.json      digest of every shard
+    dataset.json      digest of every shard, of each generation of the data
     metrics.jsonl     one object per optimizer step
     tensorboard/      the same, as curves
     checkpoints/      step-00001000/ and so on

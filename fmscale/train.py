@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fmscale.batch import Batch
+from fmscale.batch import Batch, prefetch
 from fmscale.config import TrainConfig
 from fmscale.data.loader import build_loader
 from fmscale.data.order import Split, split
@@ -228,9 +228,9 @@ def loop(job: Job, start: int) -> None:
 
 
 def batches_of(job: Job, start: int) -> Iterator[Batch]:
-    """This rank's micro-batches from step `start` on."""
+    """This rank's micro-batches from step `start` on, on its device."""
     config, mixture = job.config, job.dataset.mixture
-    return build_loader(
+    batches = build_loader(
         mixture,
         mixture.order(config.global_batch, config.seed, config.data.run, job.dataset.generations),
         job.portions,
@@ -241,6 +241,7 @@ def batches_of(job: Job, start: int) -> Iterator[Batch]:
         workers=config.data.workers,
         pin_memory=job.world.device.type == "cuda",
     )
+    return prefetch(batches, job.world.device)
 
 
 def draw_noise(
@@ -295,7 +296,6 @@ def train_step(job: Job, batches: Iterator[Batch], step: int) -> StepResult:
         waited += time.perf_counter() - asked
         assert batch.step == step, f"the loader is at step {batch.step}, the trainer at {step}"
         _name_bad(config.run_dir, batch)
-        batch = batch.to(device)
         losses = losses_of(job, batch, draws) * batch.weight
         job.engine.backward(losses.sum() * scale, last=micro == job.portions.accumulation - 1)
         sums += torch.stack([losses.detach().sum(), batch.weight.sum(), batch.weight.new_tensor(len(batch.bad))])

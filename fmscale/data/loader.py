@@ -81,6 +81,8 @@ def build_loader(
     except (UserError, OutageError) as error:  # torch puts a worker's traceback before the text
         traceback.clear_frames(error.__traceback__)  # they hold the loader, and so the workers, until who knows when
         raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].strip()) from None
+    except (EOFError, ConnectionError) as error:  # it died while it handed a batch over
+        raise RuntimeError(f"DataLoader worker (pid unknown) exited unexpectedly: {type(error).__name__}") from error
 
 
 def work_items(

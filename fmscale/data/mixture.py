@@ -58,22 +58,22 @@ def only_appended(old: Sequence[Mapping[str, str]], new: Sequence[Mapping[str, s
 
 
 def first_difference(old: Sequence[Mapping[str, str]], new: Sequence[Mapping[str, str]]) -> str:
-    """In words, the first shard that is not what it was.
+    """In words, the first shard that is not what it was; one that is new is named only where nothing else differs.
 
     Args:
         old, new: from `Mixture.shards`.
     """
     if len(old) != len(new):
         return f"{len(old)} datasets before, {len(new)} now"
+    added = []
     for before, now in zip(old, new, strict=True):
-        for name in sorted({*before, *now}):
+        for name in sorted(before):
             if name not in now:
                 return f"{name} is gone"
-            if name not in before:
-                return f"{name} is new"
             if before[name] != now[name]:
                 return f"{name} has other content, or other samples of it are in the index"
-    return "the same shards in another order"
+        added += sorted(now.keys() - before.keys())
+    return f"{added[0]} is new" if added else "the same shards in another order"
 
 
 class Mixture:

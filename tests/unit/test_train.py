@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from range_server import ERROR, SOUND, STALL, TRUNCATE, Server, serving
 
+from fmscale.batch import Batch
 from fmscale.config import TrainConfig
 from fmscale.data.index import Index
 from fmscale.data.index_build import build_index
+from fmscale.data.shards import ShardWriter
 from fmscale.dataset import open_mixture
 from fmscale.encoders.null import load_null, save_null
+from fmscale.engine import checkpoint as checkpoints
 from fmscale.engine.metrics import read_metrics
-from fmscale.errors import UserError
-from fmscale.train import Allowed, draw_step, drop_text, train
+from fmscale.errors import OutageError, UserError
+from fmscale.train import STRICT, Allowed, draw_step, drop_text, train
 
 Make = Callable[..., TrainConfig]
 
@@ -149,3 +153,151 @@ def test_an_invalid_model_leaves_no_run_directory(tmp_path: Path, make_config: M
     with pytest.raises(UserError, match="dual_attention_layers"):
         train(make_config(tmp_path / "run", "model.dual_attention_layers=[9]"))
     assert not (tmp_path / "run").exists()
+
+
+def keys_by_step(config: TrainConfig, allowed: Allowed = STRICT) -> dict[int, list[str]]:
+    """Train, and tell which samples each step drew, bucket first."""
+    drawn: dict[int, list[str]] = {}
+
+    def note(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+        for batch in batches:
+            drawn.setdefault(batch.step, []).extend([str(batch.bucket), *batch.keys])
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fmscale.train.prefetch", note)
+        train(config, allowed)
+    return drawn
+
+
+def append_shards(dataset: Path, prefix: str = "new-", count: int = 30) -> None:
+    """More samples for a dataset, in two of its buckets and a new one."""
+    generator = torch.Generator().manual_seed(9)
+    stored = Index.open(dataset).layout
+    with ShardWriter(dataset, prefix=prefix) as writer:
+        for number in range(count):
+            size = ((8, 8), (8, 16), (16, 16))[number % 3]
+            tensors = {name: torch.randn(shape, generator=generator) for name, (_, shape) in stored.items()}
+            tensors["latents"] = torch.randn(4, *size, generator=generator)
+            writer.write(f"{prefix}{number}", tensors, {"caption": "new"})
+    build_index(dataset, Index.open(dataset, check_shards=False).made_by)
+
+
+class TestAppendedShards:
+    """A run of 6 steps on a dataset that grows; a checkpoint every 2."""
+
+    SETTINGS = ("checkpoint.every_steps=2", "global_batch=16", "micro_batch=16")
+
+    @pytest.fixture
+    def growing(self, tmp_path: Path, dataset: Path) -> Path:
+        return Path(shutil.copytree(dataset, tmp_path / "growing"))
+
+    def config(self, make_config: Make, growing: Path, steps: int) -> TrainConfig:
+        return make_config(growing.parent / "run", f"data.path={growing}", f"steps={steps}", *self.SETTINGS)
+
+    def test_they_are_refused_without_the_flag(self, growing: Path, make_config: Make) -> None:
+        train(self.config(make_config, growing, 2))
+        append_shards(growing)
+        before = written(growing.parent / "run")
+        with pytest.raises(UserError, match=r"new-16x16-00000\.tar is new; add --allow-append to take in what is new"):
+            train(self.config(make_config, growing, 4))
+        assert written(growing.parent / "run") == before
+
+    def test_they_come_in_with_the_flag_and_stay(self, growing: Path, make_config: Make) -> None:
+        before = keys_by_step(self.config(make_config, growing, 2))
+        append_shards(growing)
+        allowed = Allowed(append=True)
+        after = keys_by_step(self.config(make_config, growing, 40), allowed)
+        assert sorted(after) == list(range(2, 40))
+        new_bucket = [keys for keys in after.values() if keys[0] == "(16, 16)"]
+        assert new_bucket
+        assert all(key.startswith("new-") for keys in new_bucket for key in keys[1:])
+        steps = [keys for _, keys in sorted({**before, **after}.items())]
+        squares = [key for keys in steps if keys[0] == "(8, 8)" for key in keys[1:]]
+        assert len(squares) > 80 + 90
+        assert not any(key.startswith("new-") for key in squares[:80])  # the epoch that had begun is not touched
+        assert len(set(squares[:80])) == 80
+        assert len(set(squares[80:170])) == 90
+        assert sum(key.startswith("new-") for key in squares[80:170]) == 10
+
+        again = keys_by_step(self.config(make_config, growing, 44))  # what is known needs no flag
+        assert sorted(again) == list(range(40, 44))
+        append_shards(growing, prefix="newer-")
+        more = keys_by_step(self.config(make_config, growing, 46), allowed)
+        newest = checkpoints.latest(growing.parent / "run" / "checkpoints")
+        assert newest is not None
+        description = newest.index["description"]
+        assert [entry["step"] for entry in description["dataset"]["generations"]] == [0, 2, 44]
+        assert sorted(more) == [44, 45]
+
+    def test_a_run_stopped_anywhere_draws_the_same(self, growing: Path, make_config: Make) -> None:
+        keys_by_step(self.config(make_config, growing, 2))
+        append_shards(growing)
+        shutil.copytree(growing.parent / "run", growing.parent / "kept")
+        whole = keys_by_step(self.config(make_config, growing, 12), Allowed(append=True))
+        shutil.rmtree(growing.parent / "run")
+        (growing.parent / "kept").rename(growing.parent / "run")
+        first = keys_by_step(self.config(make_config, growing, 6), Allowed(append=True))
+        then = keys_by_step(self.config(make_config, growing, 12))
+        assert {**first, **then} == whole
+
+    @pytest.mark.parametrize("change", ["gone", "other content", "before"])
+    def test_any_other_change_is_refused(self, growing: Path, make_config: Make, change: str) -> None:
+        train(self.config(make_config, growing, 2))
+        append_shards(growing, prefix="" if change != "before" else "0")
+        lost = growing / "8x16-00000.tar"
+        if change == "gone":
+            lost.unlink()
+        if change == "other content":
+            index = Index.open(growing)
+            place = next(p for p in map(index.location, range(len(index))) if p.shard == lost.name)
+            with lost.open("r+b") as file:
+                file.seek(place.offset + place.tensors_start + place.tensors_length - 8)
+                file.write(bytes(8))
+        build_index(growing, Index.open(growing, check_shards=False).made_by)
+        said = {
+            "gone": r"8x16-00000\.tar is gone; put it back",
+            "other content": r"8x16-00000\.tar has other content, .*; put it back",
+            "before": "in bucket 8x8 new shards stand before old ones; rename them",
+        }
+        with pytest.raises(UserError, match=said[change]):
+            train(self.config(make_config, growing, 4), Allowed(append=True))
+
+
+@pytest.fixture
+def behind_url(dataset: Path) -> Iterator[Server]:
+    with serving(dataset) as server:
+        yield server
+
+
+REMOTE = ("data.remote.timeout_s=0.5", "data.remote.attempts=4")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("fault", [ERROR, TRUNCATE, STALL])
+def test_training_goes_on_when_a_server_recovers(
+    tmp_path: Path, make_config: Make, behind_url: Server, fault: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fmscale.data.remote.FIRST_DELAY_S", 0.01)
+    local = make_config(tmp_path / "local", "steps=4")
+    train(local)
+    behind_url.fault = lambda request: fault if request.before == 0 and request.start % 7 == 0 else SOUND
+    places = (f"data.path={behind_url.url}", f"data.remote.cache={tmp_path}/cache", f"data.workers={workers}")
+    remote = make_config(tmp_path / "remote", "steps=4", *REMOTE, *places)
+    train(remote)
+    assert any(request.before for request in behind_url.requests)
+    losses = [
+        [record["loss"] for record in read_metrics(config.run_dir / "metrics.jsonl")] for config in (local, remote)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_stops_with_the_url_and_the_cause_when_it_does_not(
+    tmp_path: Path, make_config: Make, behind_url: Server, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fmscale.data.remote.FIRST_DELAY_S", 0.01)
+    behind_url.fault = lambda request: ERROR if request.name.startswith("16x8") else SOUND
+    places = (f"data.path={behind_url.url}", f"data.remote.cache={tmp_path}/cache", f"data.workers={workers}")
+    with pytest.raises(OutageError, match=rf"^{behind_url.url}/16x8-00000\.tar cannot be read \(tried 4 times\).*500"):
+        train(make_config(tmp_path / "run", "steps=20", *REMOTE, *places))

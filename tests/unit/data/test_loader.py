@@ -1,9 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -89,17 +92,84 @@ def test_a_later_start_gives_the_rest_of_the_run(index: Index) -> None:
     assert by_slot(load(index, start=2)) == {place: value for place, value in whole.items() if place[0] >= 2}
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.integers(1, 16), st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=5))
-def test_any_history_gives_the_global_batches_of_one_rank(index: Index, history: list[tuple[int, int, int]]) -> None:
-    """Stopped anywhere, started again in any world with any micro-batch."""
-    steps = sum(length for _, _, length in history)
+class Leg(NamedTuple):
+    """A part of a run's history: so many steps in one world."""
+
+    world_size: int
+    micro_batch: int
+    workers: int
+    steps: int
+
+
+LEGS = st.builds(Leg, st.integers(1, 16), st.integers(1, 9), st.integers(0, 3), st.integers(1, 4))
+
+
+def walk_leg(index: Index, leg: Leg, start: int, kill: bool = False) -> list[Batch]:
+    """What all ranks trained on; each has read further ahead when it stops, or when a reader is killed."""
+    cut = split(17, leg.world_size, leg.micro_batch)
+    run = partial(build_loader, Mixture([index]), make_order(index, 17), cut, noise=noise, start_step=start)
+    taken = []
+    for rank in range(leg.world_size):
+        workers = leg.workers if rank < 3 else 0  # enough processes for one machine
+        before = set(multiprocessing.active_children())
+        batches = run(rank=rank, stop_step=start + leg.steps + 50, workers=workers)
+        taken += [next(batches) for _ in range(leg.steps * cut.accumulation)]
+        if kill and rank == 0:
+            readers = set(multiprocessing.active_children()) - before
+            expect_death(batches, min(readers, key=lambda process: process.pid))
+        del batches
+    return taken
+
+
+def expect_death(batches: Iterator[Batch], reader: Any) -> None:
+    """kill -9 a reader: an error within seconds, whatever had been read ahead."""
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker \(pid"):
+        kill_and_drain(batches, reader)
+    assert time.monotonic() < began + 15
+
+
+def kill_and_drain(batches: Iterator[Batch], reader: Any) -> None:
+    reader.kill()
+    for _ in batches:
+        pass
+
+
+def assert_as_one_rank(index: Index, history: list[Leg], kill: bool) -> None:
     found: dict[tuple[int, int], tuple[Any, ...]] = {}
     start = 0
-    for world_size, micro_batch, length in history:
-        found |= by_slot(load(index, 17, world_size, micro_batch, start, start + length))
-        start += length
-    assert found == by_slot(load(index, 17, 1, 17, 0, steps))
+    for leg in history:
+        found |= by_slot(walk_leg(index, leg, start, kill))
+        start += leg.steps
+    assert found == by_slot(load(index, 17, 1, 17, 0, start))
+
+
+many_workers = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than this machine has cores
+
+
+@many_workers
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(LEGS, min_size=1, max_size=4))
+def test_any_history_gives_the_global_batches_of_one_rank(index: Index, history: list[Leg]) -> None:
+    """Stopped anywhere, started again in any world with any micro-batch and number of readers."""
+    assert_as_one_rank(index, history, kill=False)
+
+
+@pytest.fixture
+def quiet_children() -> Iterator[None]:
+    """torch's handler of SIGCHLD raises wherever this process is; without it the loader's own watch tells."""
+    list(torch.utils.data.DataLoader([0], num_workers=1))  # torch sets its handler with the first loader
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+@many_workers
+@pytest.mark.usefixtures("quiet_children")
+@pytest.mark.parametrize("history", [[Leg(1, 4, 1, 2), Leg(3, 2, 3, 1)], [Leg(16, 1, 2, 1), Leg(2, 9, 2, 3)]])
+def test_killed_readers_change_nothing(index: Index, history: list[Leg]) -> None:
+    """Each leg ends by kill -9 of a reader: the position is the trainer's, not theirs."""
+    assert_as_one_rank(index, history, kill=True)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -87,20 +87,28 @@ def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
         yield from (batch.to(device) for batch in batches)
         return
     stream = torch.cuda.Stream(device)
-    ahead = _copy_on(stream, batches)
+    ahead, failure = _copy_on(stream, batches)
     while ahead is not None:
         batch, arrived = ahead
-        ahead = _copy_on(stream, batches)
+        ahead, failure = _copy_on(stream, batches)
         current = torch.cuda.current_stream(device)
         current.wait_event(arrived)
         for tensor in (batch.weight, batch.noise, *batch.tensors.values()):
             tensor.record_stream(current)  # else its memory could be given away while this stream still reads it
         yield batch
+    if failure is not None:
+        raise failure
 
 
-def _copy_on(stream: torch.cuda.Stream, batches: Iterator[Batch]) -> tuple[Batch, torch.cuda.Event] | None:
-    batch = next(batches, None)
+def _copy_on(
+    stream: torch.cuda.Stream, batches: Iterator[Batch]
+) -> tuple[tuple[Batch, torch.cuda.Event] | None, Exception | None]:
+    """The next batch on its way, or why there is none: that is told when the batches before it were used."""
+    try:
+        batch = next(batches, None)
+    except Exception as error:
+        return None, error
     if batch is None:
-        return None
+        return None, None
     with torch.cuda.stream(stream):
-        return batch.to(stream.device), stream.record_event()
+        return (batch.to(stream.device), stream.record_event()), None

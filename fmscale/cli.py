@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
             return _refuse(args.command, f"{error.filename}: {error.strerror}")
         raise
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith("DataLoader worker"):
             raise
         said = f"a process that reads the data has died ({error}); started again, the run goes on from its checkpoint"
         _say(args.command, said)
@@ -166,11 +166,12 @@ def _index_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify", action="store_true", help="read every byte and name what is damaged; exit code 2 then"
     )
     what.add_argument("--repair", action="store_true", help="write an index that leaves out what is damaged")
+    _pipe_argument(parser)
 
 
 def _index(args: argparse.Namespace) -> int | None:
     action = "verify" if args.verify else "repair" if args.repair else "index"
-    return _program("encode").index(args.dataset, action)
+    return _program("encode").index(args.dataset, action, args.allow_pipe)
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,6 +180,7 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", metavar="DIR", help="the VAE that made the latents; the page then shows pictures")
     parser.add_argument("--samples", type=_positive, default=5000, metavar="N", help="to read (%(default)s)")
     parser.add_argument("--thumbnails", type=_positive, default=24, metavar="N", help="to decode (%(default)s)")
+    _pipe_argument(parser)
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -43,7 +43,7 @@ class MixturePart(Section):
 class RemoteConfig(Section):
     cache: Path | None = None
     """Folder on each machine for what is fetched; null is ~/.cache/fmscale."""
-    cache_gb: Annotated[float, Field(ge=0)] = 0.0
+    cache_gb: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Most gigabytes of each dataset's shards that are kept there."""
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """A request without an answer has failed after so long."""

@@ -169,9 +169,10 @@ def go_on(dataset: Dataset, trained_on: Mapping[str, Any], step: int, shards_fil
 def read_shards(path: Path) -> dict[str, list[dict[str, str]]]:
     """The shards of each generation that a run has seen, by its fingerprint; empty where that was lost."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        seen = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return seen if isinstance(seen, dict) else {}
 
 
 def _check_latents(config: TrainConfig, mixture: Mixture, channels: int) -> None:

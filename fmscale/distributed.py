@@ -159,3 +159,17 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     import torch
 
     return bool(total(torch.tensor([float(flag)], device=device)).item() > 0)
+
+
+def from_main(value: int, device: torch.device) -> int:
+    """Rank 0's value, on every rank."""
+    import torch
+
+    main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    return int(total(torch.tensor([value if main else 0], device=device)).item())
+
+
+def same_everywhere(digest: str, device: torch.device) -> bool:
+    """Whether all ranks have the same digest, of which the first twelve hexadecimal digits are compared."""
+    number = int(digest[:12], 16)
+    return not any_rank(from_main(number, device) != number, device)

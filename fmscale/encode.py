@@ -218,12 +218,13 @@ def _tally(failures: list[dict[str, str]]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in Counter(f["reason"] for f in failures).most_common(5))
 
 
-def index(dataset: str, action: str) -> int:
+def index(dataset: str, action: str, allow_pipe: bool = False) -> int:
     """Index a folder of tars, or check an indexed one byte for byte.
 
     Args:
         dataset: folder of latent shards; for `verify` it may be a URL.
         action: `index`; `verify`, which lists what is damaged; `repair`, which writes an index without it.
+        allow_pipe: the program of a `pipe:` dataset may be started.
 
     Returns:
         Exit code: 0, or 2 where `verify` found damage.
@@ -240,7 +241,7 @@ def index(dataset: str, action: str) -> int:
             bar.update(task, completed=done, total=total)
 
         if action == "verify":
-            opened = open_index(dataset, RemoteOptions(), check_shards=False)
+            opened = open_index(dataset, RemoteOptions(allow_pipe=allow_pipe), check_shards=False)
             bad = verify(opened, report)
         elif action == "repair":
             opened, bad = repair_index(dataset, report)

@@ -55,7 +55,7 @@ def inspect_command(args: argparse.Namespace) -> None:
     out = Path(args.html)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--html: {out} cannot be written; give a file in a folder that is there")
-    index = open_index(args.dataset, RemoteOptions())
+    index = open_index(args.dataset, RemoteOptions(allow_pipe=args.allow_pipe))
     survey = survey_dataset(index, args.samples, args.thumbnails if args.vae else 0, args.vae)
     print("\n".join(summary(survey)))
     out.write_text(page(survey), encoding="utf-8")

@@ -24,7 +24,7 @@ from fmscale.config import TrainConfig
 from fmscale.data.loader import build_loader
 from fmscale.data.order import Split, split
 from fmscale.dataset import Dataset, go_on, open_dataset, read_shards
-from fmscale.distributed import World, barrier, total, world_from_environment
+from fmscale.distributed import World, barrier, same_everywhere, total, world_from_environment
 from fmscale.encoders.text import assemble
 from fmscale.engine import checkpoint as checkpoints
 from fmscale.engine.metrics import MetricsLog, append, keep_before
@@ -110,6 +110,10 @@ def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
     dataset = check_setup(config, world.world_size, allowed)
     portions = split(config.global_batch, world.world_size, config.micro_batch)
     init_process_group(world)
+    if not same_everywhere(dataset.mixture.fingerprint, world.device):
+        raise UserError(
+            f"data: the ranks found different indices in {dataset.mixture.name}; start again when it is whole"
+        )
     engine = build_engine(config, world.device, portions.micro_batch)
     job = Job(config, dataset.to(world.device), engine, world, portions)
     start = resume(job)

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-SOUND, ERROR, TRUNCATE, STALL, WHOLE, FORBIDDEN = "sound", "error", "truncate", "stall", "whole", "forbidden"
+SOUND, ERROR, FORBIDDEN, STALL = "sound", "error", "forbidden", "stall"
+TRUNCATE = "truncate"  # fewer bytes than the head of the answer says
+SHORT, SPOILED = "short", "spoiled"  # fewer bytes, or other ones, in an answer that is sound
+WHOLE = "whole"  # byte ranges are ignored
+REDIRECT = "redirect"  # to a URL with a signature
 
 
 class Request(NamedTuple):
@@ -61,6 +65,11 @@ class Handler(BaseHTTPRequestHandler):
         if answer in (ERROR, FORBIDDEN):
             self.send_error(500 if answer == ERROR else 403)
             return
+        if answer == REDIRECT:
+            self.send_response(302)
+            self.send_header("Location", f"/{name}?signature=SECRET")
+            self.end_headers()
+            return
         path = self.server.folder / name
         if not path.is_file():
             self.send_error(404)
@@ -71,6 +80,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if asked and answer != WHOLE:
             data = data[int(start) : int(last) + 1 if last else None]
+        if answer in (SHORT, SPOILED):
+            data = data[: len(data) // 2] if answer == SHORT else bytes(len(data))
         self.send_response(206 if asked and answer != WHOLE else 200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from fmscale.data.tar import CHUNK_BYTES, find_tars
 from fmscale.data.tensors import DTYPES
 from fmscale.errors import UserError
 
-VERSION = 2
+VERSION = 3
 FOLDER = "index"
 COLUMNS = {
     "shard": "u4",
@@ -39,6 +40,8 @@ COLUMNS = {
     "key_start": "i8",
     "keys": "u1",
 }
+BESIDE = "null.safetensors"  # lies beside the index where the dataset was encoded
+BROKEN = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 Progress = Callable[[int, int], None]
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # stored tensors: name -> dtype, shape; of `latents` the channels alone
 
@@ -82,9 +85,7 @@ class Index:
     """
 
     def __init__(self, path: Path, folder: Path, storage: Storage):
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["version"] != VERSION:
-            raise ValueError(f"version {manifest['version']}, this program reads {VERSION}")
+        manifest = check_manifest(json.loads((folder / "manifest.json").read_text()))
         self.path, self.storage = path, storage
         self.shards = tuple(Shard(**shard) for shard in manifest["shards"])
         self.layout: Layout = {name: (dtype, tuple(shape)) for name, (dtype, shape) in manifest["layout"].items()}
@@ -115,7 +116,7 @@ class Index:
             raise UserError(f"{path} has no index: run `fmscale index {path}`")
         try:
             index = cls(path, folder, storage or LocalStorage(path))
-        except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except BROKEN as error:
             raise UserError(f"{folder} cannot be used ({error}): run `fmscale index {path}`") from error
         if check_shards and storage is None:
             index._check_shards()
@@ -135,7 +136,8 @@ class Index:
     def key(self, row: int) -> str:
         """The key of a sample."""
         start, end = self._columns["key_start"][row : row + 2]
-        return self._columns["keys"][start:end].tobytes().decode()
+        key = self._columns["keys"][start:end].tobytes().decode(errors="replace")
+        return key if key.isprintable() else repr(key)
 
     def location(self, row: int) -> Location:
         """Where a sample's bytes lie."""
@@ -177,6 +179,33 @@ class Index:
                 )
         if found:
             raise UserError(f"{self.path / min(found)} is not in the index: run `fmscale index {self.path}`")
+
+
+def check_manifest(manifest: Any) -> dict[str, Any]:
+    """The content of a manifest.json, if it is one.
+
+    Raises:
+        ValueError, LookupError, TypeError: it is not, or of another version.
+    """
+    if manifest["version"] != VERSION:
+        raise ValueError(f"version {manifest['version']}, this program reads {VERSION}")
+    for shard in manifest["shards"]:
+        if not (str(shard["name"]) == shard["name"] and 0 < shard["size"] < 2**62 and 0 <= shard["samples"] < 2**40):
+            raise ValueError(f"shard {shard} makes no sense")
+        if not re.fullmatch("[0-9a-f]{64}", shard["sha256"]):
+            raise ValueError(f"shard {shard['name']!r} has no digest")
+    sizes = [(bucket["height"], bucket["width"]) for bucket in manifest["buckets"]]
+    counts = [bucket["rows"] for bucket in manifest["buckets"]]
+    if not sizes or len(set(sizes)) < len(sizes) or not all(0 < side < 2**16 for size in sizes for side in size):
+        raise ValueError("its buckets make no sense")
+    if not all(0 < count < 2**40 for count in counts) or sum(counts) != sum(s["samples"] for s in manifest["shards"]):
+        raise ValueError("its counts make no sense")
+    for name, (dtype, shape) in manifest["layout"].items():
+        if dtype not in DTYPES or not all(0 <= side < 2**32 for side in shape):
+            raise ValueError(f"tensor {name!r} makes no sense")
+    if len(manifest["layout"]["latents"][1]) != 1:
+        raise ValueError("its latents have no channels")
+    return manifest
 
 
 def _buckets(entries: Iterable[dict[str, int]]) -> Iterator[Bucket]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fmscale.batch import BadSample
 from fmscale.data.index import (
+    BESIDE,
     COLUMNS,
     FOLDER,
     VERSION,
@@ -36,7 +37,7 @@ from fmscale.data.storage import LocalStorage
 from fmscale.data.tar import MAX_MEMBER_BYTES, PICKLES, DamageError, Member, find_tars, parse_json, walk
 from fmscale.data.tensors import head_bytes, parse_head
 from fmscale.errors import UserError
-from fmscale.files import sync
+from fmscale.files import sha256, sync
 
 
 class _Row(NamedTuple):
@@ -265,13 +266,22 @@ def _write(folder: Path, scans: Sequence[_Scan], layout: Layout, made_by: dict[s
     for name, dtype in COLUMNS.items():
         np.save(folder / f"{name}.npy", columns[name].astype(dtype, copy=False), allow_pickle=False)
         sync(folder / f"{name}.npy")
+    files = {f"{FOLDER}/{name}.npy": folder / f"{name}.npy" for name in COLUMNS}
+    if (beside := folder.parent / BESIDE).is_file():
+        files[BESIDE] = beside
     sizes, counts = np.unique(np.stack([columns["height"], columns["width"]]), axis=1, return_counts=True)
     buckets = [{"height": int(h), "width": int(w), "rows": int(n)} for h, w, n in zip(*sizes, counts, strict=True)]
-    _write_manifest(folder, [scan.shard for scan in scans], buckets, layout, made_by)
+    described = {name: {"size": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()}
+    _write_manifest(folder, [scan.shard for scan in scans], buckets, layout, made_by, described)
 
 
 def _write_manifest(
-    folder: Path, shards: list[Shard], buckets: list[dict[str, int]], layout: Layout, made_by: dict[str, Any] | None
+    folder: Path,
+    shards: list[Shard],
+    buckets: list[dict[str, int]],
+    layout: Layout,
+    made_by: dict[str, Any] | None,
+    files: dict[str, dict[str, Any]],
 ) -> None:
     names_and_sums = "".join(f"{shard.name} {shard.sha256} {shard.samples}\n" for shard in shards)
     manifest = {
@@ -280,6 +290,7 @@ def _write_manifest(
         "made_by": made_by,
         "layout": layout,
         "buckets": buckets,
+        "files": files,
         "shards": [shard._asdict() for shard in shards],
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))

@@ -144,9 +144,16 @@ def _tensor_file(location: Location, data: memoryview) -> memoryview:
 def _take_apart(data: memoryview, rows: Mapping[str, Tensor]) -> Head:
     """Copy the tensors of a safetensors file to `rows`."""
     begin, entries = parse_file(data)
-    for name, tensor in views(data).items():
-        rows[name].copy_(tensor)
+    tensors = views(data)
+    for name in sorted({*tensors, *rows}):
+        if name not in tensors or name not in rows or not _alike(tensors[name], rows[name]):
+            raise DamageError(f"tensor {name!r} is not what the index says")
+        rows[name].copy_(tensors[name])
     return Head(bytes(data[:begin]), tuple(sorted(rows, key=lambda name: (entries[name].start, entries[name].end))))
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import random
 import re
-import time
+import shutil
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
-from fmscale.data.index import COLUMNS, FOLDER, Index, Shard
+from fmscale.data.index import BESIDE, BROKEN, COLUMNS, FOLDER, Index, Shard, check_manifest
 from fmscale.data.storage import Location, crc32
 from fmscale.data.tar import CHUNK_BYTES
 from fmscale.data.transport import Transport, connect, is_remote
 from fmscale.errors import OutageError, UserError
-from fmscale.files import locked, new_folder
+from fmscale.files import locked, new_folder, sync
 from fmscale.log import get_logger
 
 if TYPE_CHECKING:
@@ -35,7 +37,8 @@ log = get_logger(__name__)
 Result = TypeVar("Result")
 REQUESTS = 16  # at a time: object stores answer each slowly, and many at once
 FIRST_DELAY_S = 0.5
-BESIDE = "null.safetensors"  # lies beside the index where the dataset was encoded
+PART_BYTES = 32 << 20  # the most that one request asks for, unless a sample is larger
+SECRET = re.compile(r"\?[^\s'\"]*")  # what follows the path of a URL: signatures
 
 
 @dataclass(frozen=True)
@@ -73,18 +76,11 @@ def open_index(place: str, options: RemoteOptions, check_shards: bool = True) ->
         return Index.open(place, check_shards)
     storage = RemoteStorage(place, options)
     index = Index.open(storage.fetch_index(), storage=storage)
-    _check_names(place, index.shards)
-    storage.cache = ShardCache(storage.folder / "shards", index.shards, options.cache_bytes)
+    for shard in index.shards:  # names become parts of URLs: a stranger's may hold nothing that leads elsewhere
+        if not re.fullmatch(r"\w[\w.+=,@ -]{0,250}", shard.name):
+            raise UserError(f"{storage.where('')}: its index names a shard {shard.name!r}, which is no plain file name")
+    storage.shards = ShardCache(storage.folder / "shards", index.shards, options.cache_bytes)
     return index
-
-
-def _check_names(place: str, shards: Sequence[Shard]) -> None:
-    """Names become parts of URLs and paths, so those of a stranger may hold nothing that leads elsewhere."""
-    for shard in shards:
-        if not re.fullmatch(r"[^-./\\?#%{}\s][^/\\?#%{}\0-\x1f]*", shard.name) or not re.fullmatch(
-            "[0-9a-f]{64}", shard.sha256
-        ):
-            raise UserError(f"{place}: its index names a shard {shard.name!r}, which is no plain file name")
 
 
 class ShardCache:
@@ -101,6 +97,7 @@ class ShardCache:
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard], limit_bytes: int):
+        self.sizes = {shard.name: shard.size for shard in shards}
         self._files: dict[str, Path] = {}
         self._warned = False
         for shard in shards:
@@ -108,12 +105,22 @@ class ShardCache:
             if limit_bytes < 0:
                 break
             self._files[shard.name] = folder / shard.sha256
-        known = {shard.sha256 for shard in shards}
+        try:
+            self._make_room(folder)
+        except OSError as error:
+            log.warning("%s cannot be used (%s): nothing is kept there", folder, error.strerror)
+            self._files.clear()
+
+    def _make_room(self, folder: Path) -> None:
+        """Remove what is not to be kept: shards that the dataset has no more, or that are beyond the bound."""
         if self._files:
             folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*"):  # of shards that the dataset no longer has
-            if stale.name not in known:
-                stale.unlink(missing_ok=True)
+        for stale in set(folder.glob("*")) - set(self._files.values()):
+            stale.unlink(missing_ok=True)
+
+    def holds(self, location: Location) -> bool:
+        """Whether the dataset has such bytes at all, be they here or not."""
+        return 0 <= location.offset < location.offset + location.length <= self.sizes.get(location.shard, 0)
 
     def get(self, location: Location) -> bytes | None:
         """The bytes of a sample, if they are here."""
@@ -153,23 +160,24 @@ class RemoteStorage:
 
     Attributes:
         folder: what is kept of it on this machine.
-        cache: parts of shards that are here.
+        shards: the dataset's, and which parts of them are here; None until the index is open.
 
     Raises:
         UserError: the place may not be read, or not by this installation.
     """
 
-    def __init__(self, place: str, options: RemoteOptions, cache: ShardCache | None = None):
+    def __init__(self, place: str, options: RemoteOptions, shards: ShardCache | None = None):
         self._place, self._options = place, options
         self._transport: Transport = connect(place, options.timeout_s, options.allow_pipe)
         self._pid = os.getpid()
         self._held: dict[Location, bytes | Exception] = {}
+        self._given_up = threading.Event()
         root = options.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fmscale"
         self.folder = root.absolute() / hashlib.sha256(place.encode()).hexdigest()[:16]
-        self.cache = cache
+        self.shards = shards
 
     def __reduce__(self) -> tuple[type[RemoteStorage], tuple[Any, ...]]:
-        return RemoteStorage, (self._place, self._options, self.cache)
+        return RemoteStorage, (self._place, self._options, self.shards)
 
     def where(self, name: str) -> str:
         """See `Storage`."""
@@ -177,27 +185,42 @@ class RemoteStorage:
 
     def expect(self, locations: Sequence[Location]) -> None:
         """See `Storage`: fetches what is not in the cache, all of it at once."""
-        kept = {location: self.cache.get(location) if self.cache else None for location in locations}
-        self._held = {location: data for location, data in kept.items() if data is not None}
-        missing = [location for location, data in kept.items() if data is None]
-        if not missing:
-            return
+        assert self.shards is not None, "the index is open"
+        self._held = {}
+        missing = []
+        for location in locations:
+            if not self.shards.holds(location):
+                self._held[location] = OSError("its place in the index lies outside the shard")
+            elif (data := self.shards.get(location)) is not None:
+                self._held[location] = data
+            else:
+                missing.append(location)
         runs = _runs(missing)
-        with ThreadPoolExecutor(min(REQUESTS, len(runs))) as pool:
+        pool = ThreadPoolExecutor(min(REQUESTS, len(runs)) or 1)
+        try:
             for fetched in pool.map(self._fetch, runs):
                 self._held.update(fetched)
+        except BaseException:
+            self._given_up.set()  # whoever interrupts this does not want to wait for the rest
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _fetch(self, run: Sequence[Location]) -> dict[Location, bytes | Exception]:
         """The bytes of samples that lie side by side, or why they cannot be had: others are not to wait for that."""
+        assert self.shards is not None, "the index is open"
         first, last = run[0], run[-1]
-        try:
-            data = self._range(first.shard, first.offset, last.offset + last.length - first.offset)
-        except (OSError, OutageError) as error:
-            return dict.fromkeys(run, error)
-        found = {place: data[place.offset - first.offset :][: place.length] for place in run}
+        found: dict[Location, bytes] = {}
+        for _ in range(2):  # an answer may be cut or spoiled on its way; what comes twice is what is stored
+            try:
+                data = self._range(first.shard, first.offset, last.offset + last.length - first.offset)
+            except (OSError, OutageError) as error:
+                return dict.fromkeys(run, error)
+            found = {place: data[place.offset - first.offset :][: place.length] for place in run}
+            if all(crc32([part]) == place.crc32 for place, part in found.items()):
+                break
         for place, part in found.items():
-            if self.cache:
-                self.cache.put(place, part)
+            self.shards.put(place, part)
         return {**found}
 
     def read(self, location: Location, buffers: Sequence[memoryview]) -> int:
@@ -216,7 +239,8 @@ class RemoteStorage:
 
     def open(self, name: str) -> BinaryIO:
         """See `Storage`."""
-        return cast(BinaryIO, io.BufferedReader(_Ranges(self, name), CHUNK_BYTES))
+        assert self.shards is not None, "the index is open"
+        return cast(BinaryIO, io.BufferedReader(_Ranges(self, name, self.shards.sizes[name]), CHUNK_BYTES))
 
     def fetch_index(self) -> Path:
         """Bring the index, and what lies beside it, to this machine; once for all processes.
@@ -228,40 +252,49 @@ class RemoteStorage:
             UserError: there is no index, or no room for it.
             OutageError: the place cannot be reached.
         """
+        manifest_name = f"{FOLDER}/manifest.json"
         try:
-            manifest = self._whole(f"{FOLDER}/manifest.json")
+            self._range(manifest_name, 0, 1)  # a server that ignores ranges is found out on a small file
+            manifest = self._retried(manifest_name, lambda: self._transport.read(manifest_name, 0, None))
         except FileNotFoundError:
             raise UserError(
-                f"{self.where('')} has no {FOLDER}/manifest.json: run `fmscale index` where the tars lie, and put its "
-                f"folder `{FOLDER}` beside them"
+                f"{self.where(manifest_name)} is not there: run `fmscale index` where the tars lie, and put its folder "
+                f"`{FOLDER}` beside them"
             ) from None
         try:
-            beside = self._whole(BESIDE)
-        except FileNotFoundError:
-            beside = b""
-        final = self.folder / f"index-{hashlib.sha256(manifest + beside).hexdigest()[:16]}"
+            files = _described(check_manifest(json.loads(manifest)))
+        except BROKEN as error:
+            raise UserError(f"{self.where(manifest_name)} is no manifest of this version ({error})") from error
+        final = self.folder / f"index-{hashlib.sha256(manifest).hexdigest()[:16]}"
         with locked(self.folder / "lock"):
             if not final.is_dir():
-                self._fetch_columns(final, manifest, beside)
+                with new_folder(final) as folder:
+                    (folder / FOLDER).mkdir()
+                    for name, (size, digest) in files.items():
+                        self._fetch_file(name, folder / name, size, digest)
+                    (folder / manifest_name).write_bytes(manifest)
+            for other in self.folder.glob("index-*"):  # of what the dataset was before
+                if other != final:
+                    shutil.rmtree(other, ignore_errors=True)
         return final
 
-    def _fetch_columns(self, final: Path, manifest: bytes, beside: bytes) -> None:
-        with new_folder(final) as folder:
-            (folder / FOLDER).mkdir()
-            (folder / FOLDER / "manifest.json").write_bytes(manifest)
-            if beside:
-                (folder / BESIDE).write_bytes(beside)
-            for column in COLUMNS:
-                self._fetch_file(f"{FOLDER}/{column}.npy", folder)
-
-    def _fetch_file(self, name: str, folder: Path) -> None:
+    def _fetch_file(self, name: str, to: Path, size: int, digest: str) -> None:
+        """Write a file that is what the manifest says of it."""
+        found = hashlib.sha256()
         try:
-            self._retried(name, lambda: self._transport.download(name, folder / name))
+            with to.open("wb") as file:
+                for start in range(0, size, PART_BYTES):
+                    part = self._range(name, start, min(PART_BYTES, size - start))
+                    file.write(part)
+                    found.update(part)
         except FileNotFoundError:
-            raise UserError(f"{self.where(name)} is missing: put the whole index there") from None
-
-    def _whole(self, name: str) -> bytes:
-        return self._retried(name, lambda: self._transport.read(name, 0, None))
+            raise UserError(f"{self.where(name)} is not there: put the whole index there") from None
+        sync(to)
+        if found.hexdigest() != digest:
+            raise OutageError(
+                f"{self.where(name)} is not what the manifest beside it says; is it being written? Start again when "
+                "the whole index is there"
+            )
 
     def _range(self, name: str, offset: int, length: int) -> bytes:
         return self._retried(name, lambda: self._transport.read(name, offset, offset + length))
@@ -277,12 +310,13 @@ class RemoteStorage:
             except (FileNotFoundError, UserError):
                 raise
             except Exception as error:  # each store's library has exceptions of its own
-                cause = f"{type(error).__name__}: {error}".rstrip(": ").replace("\n", " ")
+                cause = SECRET.sub("?…", f"{type(error).__name__}: {error}".rstrip(": ").replace("\n", " "))
                 if attempt == self._options.attempts or self._transport.is_final(error):
                     tries = "once" if attempt == 1 else f"{attempt} times"
-                    raise OutageError(f"{self.where(name)} cannot be read (tried {tries}): {cause}") from error
+                    raise OutageError(f"{self.where(name)} cannot be read (tried {tries}): {cause}") from None
                 log.warning("%s: %s; trying again (%d of %d)", self.where(name), cause, attempt, self._options.attempts)
-                time.sleep(FIRST_DELAY_S * 2 ** (attempt - 1) * random.uniform(0.5, 1))
+                if self._given_up.wait(FIRST_DELAY_S * 2 ** (attempt - 1) * random.uniform(0.5, 1)):
+                    raise OutageError(f"{self.where(name)} was given up") from None
         raise AssertionError("unreachable: the last attempt returns or raises")
 
 
@@ -291,18 +325,32 @@ def _runs(locations: Sequence[Location]) -> list[list[Location]]:
     runs: list[list[Location]] = []
     for place in sorted(locations):
         last = runs[-1][-1] if runs else None
-        if last and (last.shard, last.offset + last.length) == (place.shard, place.offset):
+        side_by_side = last and (last.shard, last.offset + last.length) == (place.shard, place.offset)
+        if side_by_side and place.offset + place.length - runs[-1][0].offset <= PART_BYTES:
             runs[-1].append(place)
         else:
             runs.append([place])
     return runs
 
 
+def _described(manifest: dict[str, Any]) -> dict[str, tuple[int, str]]:
+    """Size and digest of each file that the manifest lies beside.
+
+    Raises:
+        ValueError, LookupError, TypeError: one is missing, or not described.
+    """
+    names = [*(f"{FOLDER}/{column}.npy" for column in COLUMNS), *([BESIDE] if BESIDE in manifest["files"] else [])]
+    files = {name: (manifest["files"][name]["size"], manifest["files"][name]["sha256"]) for name in names}
+    if not all(0 <= size < 2**50 and isinstance(digest, str) for size, digest in files.values()):
+        raise ValueError("its files make no sense")
+    return files
+
+
 class _Ranges(io.RawIOBase):
     """A file read range by range, from its start to its end."""
 
-    def __init__(self, storage: RemoteStorage, name: str):
-        self._storage, self._name, self._position = storage, name, 0
+    def __init__(self, storage: RemoteStorage, name: str, size: int):
+        self._storage, self._name, self._size, self._position = storage, name, size, 0
 
     def readable(self) -> bool:
         return True
@@ -320,7 +368,8 @@ class _Ranges(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer)
-        data = self._storage._range(self._name, self._position, len(view))
+        left = max(0, min(len(view), self._size - self._position))
+        data = self._storage._range(self._name, self._position, left) if left else b""
         view[: len(data)] = data
         self._position += len(data)
         return len(data)

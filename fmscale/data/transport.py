@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -17,7 +16,7 @@ AGAIN = frozenset({408, 425, 429})  # HTTP's answers to a client that mean: late
 
 
 class Transport(Protocol):
-    """Reads files of one dataset, by name."""
+    """Reads files of one dataset, by name; nothing that it says of itself holds a secret."""
 
     def where(self, name: str) -> str:
         """A file, for people."""
@@ -30,9 +29,6 @@ class Transport(Protocol):
             UserError: this place cannot do that.
             Exception: anything else that the place, or the road to it, came up with.
         """
-
-    def download(self, name: str, to: Path) -> None:
-        """Write a whole file to a path; exceptions as for `read`."""
 
     def is_final(self, error: Exception) -> bool:
         """Whether asking again is of no use."""
@@ -50,22 +46,37 @@ def connect(place: str, timeout_s: float, allow_pipe: bool) -> Transport:
         UserError: the place may not be read, or not by this installation.
     """
     if place.startswith(PIPE):
+        transport = PipeTransport(place.removeprefix(PIPE), timeout_s)
         if not allow_pipe:
             raise UserError(
-                "`pipe:` starts the program that a config names: add --allow-pipe if you trust "
-                f"`{place.removeprefix(PIPE)}`"
+                f"`pipe:` starts a program that the dataset's place names; add --allow-pipe if you trust "
+                f"{transport.program!r}"
             )
-        return PipeTransport(place.removeprefix(PIPE), timeout_s)
-    parts = urlsplit(place)
-    shown = f"{parts.scheme}://{parts.hostname or ''}…"
-    if parts.scheme not in SCHEMES:
+        return transport
+    _check_url(place)
+    return FsspecTransport(place, timeout_s)
+
+
+def _check_url(place: str) -> None:
+    """Refuse what is no bare URL of a folder; the text shows no more of it than scheme and host."""
+    scheme, _, rest = place.partition("://")
+    authority = rest.partition("/")[0]
+    user, _, host = authority.rpartition("@")
+    shown = f"{scheme}://{host}…"
+    if scheme not in SCHEMES or "::" in place:
         raise UserError(f"{shown} cannot be read: give a folder, or a URL of {', '.join(SCHEMES)}")
-    if "@" in parts.netloc or parts.query or parts.fragment:
+    container = scheme in ("az", "abfs", "abfss") and ":" not in user  # Azure writes CONTAINER@ACCOUNT
+    if "?" in rest or "#" in rest or (user and not container):
         raise UserError(
             f"{shown} holds a password, query or fragment: give the bare URL of a folder; credentials belong in the "
             "environment, where fsspec finds them"
         )
-    return FsspecTransport(place, timeout_s)
+    try:
+        sound = bool(urlsplit(place).hostname) and urlsplit(place).port != 0
+    except ValueError:  # no such port, or half an address
+        sound = False
+    if not sound:
+        raise UserError(f"{shown} names no host that could be asked: give the URL of a folder")
 
 
 class FsspecTransport:
@@ -105,10 +116,6 @@ class FsspecTransport:
             raise UserError(f"{self.where(name)}: the server ignores byte ranges; give one that does not")
         return data
 
-    def download(self, name: str, to: Path) -> None:
-        """See `Transport`."""
-        self._files.get_file(f"{self._root}/{name}", str(to), **self._timeout)
-
     def is_final(self, error: Exception) -> bool:
         """See `Transport`."""
         status = _status(error)
@@ -139,45 +146,33 @@ class PipeTransport:
         try:
             self._argv = shlex.split(command)
         except ValueError as error:
-            raise UserError(f"`pipe:{command}` is no command: {error}") from error
-        self._command, self._timeout_s = command, timeout_s
+            raise UserError(f"what follows `pipe:` is no command: {error}") from error
+        self.program = self._argv[0] if self._argv else ""
+        self._timeout_s = timeout_s
         for hole in ("{name}", "{range}"):
             if not any(hole in part for part in self._argv[1:]):
-                raise UserError(f"`pipe:{command}`: its arguments must say where {hole} goes")
+                raise UserError(f"`pipe:{self.program} …`: its arguments must say where {hole} goes")
 
     def where(self, name: str) -> str:
-        """See `Transport`."""
-        return f"pipe:{self._command.replace('{name}', name)}"
+        """See `Transport`; the arguments may hold a password."""
+        return f"pipe:{self.program} … {name}"
 
     def read(self, name: str, start: int, end: int | None) -> bytes:
         """See `Transport`."""
-        data = self._run(name, f"{start}-{'' if end is None else end - 1}", subprocess.PIPE)
-        if end is not None and len(data) > end - start:
-            raise UserError(f"{self.where(name)}: printed more than {{range}} asked for")
-        return data
-
-    def download(self, name: str, to: Path) -> None:
-        """See `Transport`."""
-        with to.open("wb") as file:
-            self._run(name, "0-", file)
-
-    def _run(self, name: str, byte_range: str, output: Any) -> bytes:
+        byte_range = f"{start}-{'' if end is None else end - 1}"
         argv = [part.replace("{name}", name).replace("{range}", byte_range) for part in self._argv]
         try:
             done = subprocess.run(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.PIPE,
-                timeout=self._timeout_s,
-                check=False,
+                argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=self._timeout_s, check=False
             )
-        except FileNotFoundError as error:
-            raise UserError(f"pipe: there is no program {argv[0]!r}") from error
+        except OSError as error:
+            raise UserError(f"pipe: {argv[0]!r} cannot be started: {error.strerror}") from error
         if done.returncode:
             said = re.sub(r"\s+", " ", done.stderr.decode(errors="replace")).strip()[-200:]
             raise RuntimeError(f"exit code {done.returncode}{': ' + said if said else ''}")
-        return done.stdout or b""
+        if end is not None and len(done.stdout) > end - start:
+            raise UserError(f"{self.where(name)}: printed more than {{range}} asked for")
+        return done.stdout
 
     def is_final(self, error: Exception) -> bool:
         """See `Transport`."""

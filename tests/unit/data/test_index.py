@@ -5,6 +5,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,11 +164,41 @@ def test_open_says_what_is_wrong_with_the_dataset(dataset_path: Path) -> None:
         Index.open(dataset_path)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda m: m.pop("shards"),
+        lambda m: m["shards"][0].update(name=7),
+        lambda m: m["shards"][0].update(size="1"),
+        lambda m: m["shards"][0].update(size=-(10**18)),
+        lambda m: m["shards"][0].update(sha256="../../x"),
+        lambda m: m["shards"][0].update(more=1),
+        lambda m: m["buckets"][0].update(rows=2**70),
+        lambda m: m["buckets"][0].update(rows=-5),
+        lambda m: m["buckets"][0].update(height="8"),
+        lambda m: m["buckets"][0].update(height=0),
+        lambda m: m["buckets"].append(m["buckets"][0]),
+        lambda m: m["buckets"].clear(),
+        lambda m: m["layout"].pop("latents"),
+        lambda m: m["layout"]["latents"].__setitem__(0, "F8"),
+        lambda m: m["layout"]["latents"].__setitem__(1, [-4]),
+        lambda m: m["layout"]["latents"].__setitem__(1, [4, 4]),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_refused(index: Index, damage: Callable[[dict[str, Any]], Any]) -> None:
+    path = index.path / "index" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    damage(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"index cannot be used \(.*: run `fmscale index "):
+        Index.open(index.path)
+
+
 def test_open_refuses_other_versions_and_damaged_columns(index: Index) -> None:
     folder = index.path / "index"
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"version": 99}))
-    with pytest.raises(UserError, match="version 99, this program reads 2"):
+    with pytest.raises(UserError, match="version 99, this program reads 3"):
         Index.open(index.path)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="cannot be used"):

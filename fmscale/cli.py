@@ -224,6 +224,15 @@ def _without_nproc(args: argparse.Namespace) -> list[str]:
     return ["train", *given, args.config, *args.overrides]
 
 
+def _checkpoints_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", help="run directory")
+    parser.add_argument("--verify", action="store_true", help="compare every file with its checksum")
+
+
+def _checkpoints(args: argparse.Namespace) -> int:
+    return _program("runs").list_checkpoints(_path(args.run_dir), args.verify)
+
+
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN_OR_EXPORT", help="run directory, or exported pipeline folder")
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
@@ -334,6 +343,12 @@ COMMANDS = {
         "fmscale train quickstart/train.yaml --nproc 2 run_dir=runs/mine steps=200",
         _train_arguments,
         _train,
+    ),
+    "checkpoints": Command(
+        "list a run's checkpoints, and which of them are sound",
+        "fmscale checkpoints quickstart/run --verify",
+        _checkpoints_arguments,
+        _checkpoints,
     ),
     "sample": Command(
         "prompts -> images, from a run or an exported folder",

@@ -144,12 +144,28 @@ class EngineConfig(Section):
     """DeepSpeed ZeRO: 1 shards optimizer state and EMA, 2 gradients too, 3 weights too."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the network; weights, moments and EMA are kept in fp32."""
+    recompute_every: Annotated[int, Field(ge=0)] = 0
+    """Every so many-th block forgets its activations and computes them again: less memory, more time; 0 is none."""
+    compile: bool = False
+    """Compile each block with torch.compile; the first step of each bucket takes a minute or more."""
+    deepspeed: dict[str, Any] = {}
+    """Raw DeepSpeed settings, laid over those of fmscale, for instance {zero_optimization: {overlap_comm: false}}."""
+
+
+class GuardConfig(Section):
+    max_skipped_steps: Positive = 10
+    """Steps in a row that may be dropped because a gradient was not finite; then the run goes back to the weights of
+    its last checkpoint, and on with the data that comes next."""
 
 
 class CheckpointConfig(Section):
     every_steps: Positive = 1000
     keep: Positive = 3
     """Newest checkpoints that are kept."""
+    keep_every_steps: Positive | None = None
+    """Checkpoints of steps that this divides are kept for ever."""
+    private: bool = True
+    """Only you may read the files; false leaves that to your umask."""
 
 
 class LogConfig(Section):
@@ -175,6 +191,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
     engine: EngineConfig = EngineConfig()
+    guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from fmscale.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # save, and end well
 
 
 @dataclass(frozen=True)
@@ -109,10 +113,28 @@ def spawn(argv: Sequence[str], nproc: int) -> int:
     """
     from torch.multiprocessing import ProcessExitedException, start_processes
 
+    interrupted: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        """Ranks save and end by themselves; SIGTERM, since a terminal has sent its SIGINT to them already."""
+        interrupted.extend([number] if number == signal.SIGINT else [])
+        for rank in context.processes:
+            if rank.is_alive():
+                os.kill(rank.pid, signal.SIGKILL if len(interrupted) > 1 else signal.SIGTERM)
+
     port = free_port()
     environments = [rank_environment(World(rank, rank, nproc), "127.0.0.1", port) for rank in range(nproc)]
     try:
-        start_processes(_run_rank, args=(list(argv), environments), nprocs=nproc, start_method="spawn")
+        context = start_processes(
+            _run_rank, args=(list(argv), environments), nprocs=nproc, join=False, start_method="spawn"
+        )
+        before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+        try:
+            while not context.join():
+                pass
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
     except ProcessExitedException as error:
         if error.exit_code > 0:
             return error.exit_code
@@ -137,12 +159,17 @@ def _run_rank(rank: int, argv: list[str], environments: list[dict[str, str]]) ->
     raise SystemExit(main(argv))
 
 
-def total(values: Tensor) -> Tensor:
-    """Sum of `values` over all ranks, on every rank; the same tensor where there is one rank."""
+def total(values: Tensor, group: Any = None) -> Tensor:
+    """Sum of `values` over all ranks, on every rank; the same tensor where there is one rank.
+
+    Args:
+        values: summed in place.
+        group: of all ranks, in place of the default one.
+    """
     import torch
 
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        torch.distributed.all_reduce(values)
+        torch.distributed.all_reduce(values, group=group)
     return values
 
 
@@ -154,11 +181,11 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
+def any_rank(flag: bool, device: torch.device, group: Any = None) -> bool:
     """True on every rank where `flag` is true on at least one."""
     import torch
 
-    return bool(total(torch.tensor([float(flag)], device=device)).item() > 0)
+    return bool(total(torch.tensor([float(flag)], device=device), group).item() > 0)
 
 
 def from_main(value: int, device: torch.device) -> int:

@@ -199,13 +199,20 @@ def _write_config(kind: Any, data: dict[str, Any], path: Path, command: str) -> 
 
 
 def run_training(config_path: Path, nproc: int) -> None:
-    """Train in this process, or on `nproc` local ranks."""
+    """Train in this process, or on `nproc` local ranks.
+
+    Raises:
+        UserError: it did not come to its end.
+    """
     from fmscale.config import load
 
+    config = load(TrainConfig, config_path)
     if nproc == 1:
-        train(load(TrainConfig, config_path))
+        train(config)
     elif code := spawn(["train", str(config_path)], nproc):
         raise UserError(f"training ended with exit code {code}; see the lines above")
+    if open_run(config.run_dir).checkpoint.step < config.steps:
+        raise UserError(f"training was stopped; `fmscale train {config_path}` goes on with it")
 
 
 def evaluate(out: Path) -> dict[str, Any]:

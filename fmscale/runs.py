@@ -16,6 +16,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +32,18 @@ if TYPE_CHECKING:
     from fmscale.engine.checkpoint import Checkpoint
 
 # Keys that leave the mathematics of a run alone: they may change between one start and the next.
-FREE_KEYS = {"run_dir", "micro_batch", "data.path", "data.workers", "data.max_bad_fraction", "engine.zero_stage"}
+FREE_KEYS = {
+    "run_dir",
+    "micro_batch",
+    "data.path",
+    "data.workers",
+    "data.max_bad_fraction",
+    "engine.zero_stage",
+    "engine.recompute_every",
+    "engine.compile",
+}
 DATASET = "dataset.json"
-FREE_PARTS = ("checkpoint.", "log.", "data.remote.")
+FREE_PARTS = ("checkpoint.", "guard.", "log.", "data.remote.")
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "webdataset", "safetensors", "numpy")
 
 
@@ -45,8 +55,9 @@ def checkpoints_dir(run_dir: Path) -> Path:
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """The changes from one config to another that would make it another run, one text each."""
     before, after = flatten(old), flatten(new)
-    changed = [key for key in after if before.get(key) != after[key] and not _may_change(key, old, new)]
-    return [f"{key}: {before.get(key)} in the run, {after[key]} given" for key in changed]
+    keys = dict.fromkeys([*after, *before])
+    changed = [key for key in keys if before.get(key) != after.get(key) and not _may_change(key, old, new)]
+    return [f"{key}: {before.get(key)} in the run, {after.get(key)} given" for key in changed]
 
 
 def _may_change(key: str, old: TrainConfig, new: TrainConfig) -> bool:
@@ -212,3 +223,45 @@ def open_run(path: Path, step: int | None = None) -> Run:
     checkpoint = at_step(checkpoints_dir(path), step)
     config = check(TrainConfig, checkpoint.index["description"]["config"], str(checkpoint.path / "index.json"))
     return Run(path, config, checkpoint)
+
+
+def list_checkpoints(path: Path, deep: bool) -> int:
+    """Print a run's checkpoints, oldest first.
+
+    Args:
+        path: run directory.
+        deep: also compare every file with its checksum.
+
+    Returns:
+        Exit code: 0, or 2 where one is damaged.
+
+    Raises:
+        UserError: it holds none.
+    """
+    from fmscale.engine.checkpoint import find_all
+
+    folders = find_all(checkpoints_dir(path))
+    if not folders:
+        raise UserError(f"{path}: holds no checkpoint; give a run directory that has saved one")
+    print(f"{'step':>10}  {'saved':16}  {'size':>10}  {'ranks':>5}  state")
+    rows = [_describe(folder, deep) for folder in folders]
+    for _, line in rows:
+        print(line)
+    return 0 if all(sound for sound, _ in rows) else 2
+
+
+def _describe(folder: Path, deep: bool) -> tuple[bool, str]:
+    """Whether a checkpoint is sound, and a line that tells of it."""
+    from fmscale.engine.checkpoint import open_checkpoint, verify
+
+    step = f"{int(folder.name.split('-')[1]):>10,}"
+    try:
+        found = open_checkpoint(folder)
+        if deep:
+            verify(found)
+    except UserError as error:
+        return False, f"{step}  damaged: {error}"
+    saved = datetime.fromtimestamp((folder / "index.json").stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+    size = sum(partition["bytes"] for partition in found.index["partitions"])
+    ranks = found.index["world_size"]
+    return True, f"{step}  {saved}  {size / 1e9:>7.3f} GB  {ranks:>5}  {'sound' if deep else 'whole'}"

@@ -10,53 +10,40 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fmscale.batch import Batch, prefetch
 from fmscale.config import TrainConfig
+from fmscale.control import Delayed, Requests, Wish, outlive_signals, release_readers
 from fmscale.data.loader import build_loader
 from fmscale.data.order import Split, split
 from fmscale.dataset import Dataset, go_on, open_dataset, read_shards
 from fmscale.distributed import World, barrier, same_everywhere, total, world_from_environment
+from fmscale.draws import Draws, draw_noise, draw_step, drop_text
 from fmscale.encoders.text import assemble
 from fmscale.engine import checkpoint as checkpoints
+from fmscale.engine.blocks import compile_blocks, recompute
 from fmscale.engine.metrics import MetricsLog, append, keep_before
 from fmscale.engine.optim import AdamWEMA, ema_name, learning_rate, parameter_groups
+from fmscale.engine.saver import Retention, SaveError, Saver
 from fmscale.engine.zero import Engine, deepspeed_config, init_process_group
 from fmscale.errors import UserError
-from fmscale.flow.coupling import COUPLINGS
-from fmscale.flow.loss import draw_dropped, velocity_mse
-from fmscale.flow.noise import keyed_generator
+from fmscale.flow.loss import velocity_mse
 from fmscale.flow.path import interpolate
-from fmscale.flow.timesteps import TIMESTEP_SAMPLERS, shift_timesteps
 from fmscale.log import get_logger, progress
+from fmscale.reporting import announce, device_names, report, step_record
 from fmscale.runs import DATASET, build_model, check_run_dir, checkpoints_dir, start_run_dir
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 log = get_logger(__name__)
 BAD_SAMPLES = "bad_samples.jsonl"  # in the run directory: step, key, shard and reason of each
+SKIPPED = "skipped_steps.jsonl"  # in the run directory: step and sample keys of those that were not applied
 BAD_FROM_IMAGES = 1000  # so that one bad sample in the first batch does not end a run
-
-
-class Draws(NamedTuple):
-    """What is random in a step, for the whole global batch.
-
-    Attributes:
-        t: shape (global_batch,).
-        dropped: shape (global_batch, encoders), bool: which text encoder is dropped for which image.
-    """
-
-    t: Tensor
-    dropped: Tensor
 
 
 class Allowed(NamedTuple):
@@ -85,6 +72,7 @@ class Job(NamedTuple):
         engine: the model under ZeRO.
         world: this process among the ranks.
         portions: how a global batch falls to ranks and micro-batches.
+        saver: writes its checkpoints.
     """
 
     config: TrainConfig
@@ -92,6 +80,7 @@ class Job(NamedTuple):
     engine: Engine
     world: World
     portions: Split
+    saver: Saver
 
 
 def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
@@ -115,11 +104,16 @@ def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
             f"data: the ranks found different indices in {dataset.mixture.name}; start again when it is whole"
         )
     engine = build_engine(config, world.device, portions.micro_batch)
-    job = Job(config, dataset.to(world.device), engine, world, portions)
-    start = resume(job)
+    start, dataset = resume(config, dataset, engine, world, allowed)
     if world.is_main:
-        start_run_dir(config, _device_names(world), shards_seen(config, dataset))
-    loop(job, start)
+        start_run_dir(config, device_names(world), shards_seen(config, dataset))
+    retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_steps)
+    saver = Saver(checkpoints_dir(config.run_dir), world, retention, config.checkpoint.private)
+    try:
+        loop(Job(config, dataset.to(world.device), engine, world, portions, saver), start)
+    except BaseException:
+        release_readers()  # else they would hold this process up for a minute
+        raise
 
 
 def check_setup(config: TrainConfig, world_size: int, allowed: Allowed = STRICT) -> Dataset:
@@ -129,26 +123,40 @@ def check_setup(config: TrainConfig, world_size: int, allowed: Allowed = STRICT)
         UserError: says which key and which fact of dataset, model, checkpoint or run directory disagree.
     """
     dataset = open_dataset(config, allowed.pipe)
-    split(config.global_batch, world_size, config.micro_batch)
+    engine_settings(config, split(config.global_batch, world_size, config.micro_batch).micro_batch)
     with torch.device("meta"):
         shapes = {name: tuple(weight.shape) for name, weight in build_model(config).named_parameters()}
     check_run_dir(config, allowed.config_change)
     if (found := checkpoints.latest(checkpoints_dir(config.run_dir))) is not None:
-        shards = config.run_dir / DATASET
-        dataset = go_on(dataset, found.index["description"]["dataset"], found.step, shards, allowed.append)
-        _check_null(config, dataset, found)
-        checkpoints.check_fits(found, shapes, [ema_name(decay) for decay in config.ema.decays])
+        dataset = check_checkpoint(config, dataset, found, shapes, allowed)
     return dataset
 
 
-def _check_null(config: TrainConfig, dataset: Dataset, found: checkpoints.Checkpoint) -> None:
+def check_checkpoint(
+    config: TrainConfig,
+    dataset: Dataset,
+    found: checkpoints.Checkpoint,
+    shapes: Mapping[str, Sequence[int]],
+    allowed: Allowed,
+) -> Dataset:
+    """Refuse a checkpoint of another model or other data.
+
+    Returns:
+        The dataset, with what was stored when.
+
+    Raises:
+        UserError: says what differs.
+    """
     description = found.index["description"]
+    dataset = go_on(dataset, description["dataset"], found.step, config.run_dir / DATASET, allowed.append)
     same_null = description["null"] == config.conditioning.null
     if same_null and description["dataset"]["null_sha256"] != dataset.null_sha256:
         raise UserError(
             f"data: the features of the empty caption in {dataset.mixture.name} are not those that {found.path} was "
             "trained with; put the old null.safetensors back, or start another run_dir"
         )
+    checkpoints.check_fits(found, shapes, [ema_name(decay) for decay in config.ema.decays])
+    return dataset
 
 
 def shards_seen(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
@@ -162,6 +170,10 @@ def build_engine(config: TrainConfig, device: torch.device, micro_batch: int) ->
     """The freshly initialised model under ZeRO."""
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)
+    blocks = list(model.get_submodule("blocks").children())
+    recompute(blocks, config.engine.recompute_every)
+    if config.engine.compile:
+        compile_blocks(blocks)
     options = config.optimizer
     optimizer = AdamWEMA(
         parameter_groups(model, options.weight_decay),
@@ -170,28 +182,70 @@ def build_engine(config: TrainConfig, device: torch.device, micro_batch: int) ->
         eps=options.eps,
         ema_decays=config.ema.decays,
     )
-    settings = deepspeed_config(config.engine.zero_stage, config.engine.dtype, micro_batch, options.clip_norm)
-    return Engine(model, optimizer, settings)
+    return Engine(model, optimizer, engine_settings(config, micro_batch))
 
 
-def resume(job: Job) -> int:
-    """Restore the newest checkpoint, if there is one; `check_setup` has found it fit.
-
-    Returns:
-        The step to go on with: how many are done.
+def engine_settings(config: TrainConfig, micro_batch: int) -> dict[str, Any]:
+    """What DeepSpeed is told.
 
     Raises:
-        UserError: the checkpoint is damaged.
+        UserError: `engine.deepspeed` holds a key that is not the user's to set.
     """
-    found = checkpoints.latest(checkpoints_dir(job.config.run_dir))
+    part, clip_norm = config.engine, config.optimizer.clip_norm
+    return deepspeed_config(part.zero_stage, part.dtype, micro_batch, clip_norm, part.deepspeed)
+
+
+def resume(
+    config: TrainConfig, dataset: Dataset, engine: Engine, world: World, allowed: Allowed
+) -> tuple[int, Dataset]:
+    """Restore the newest sound checkpoint, if there is one.
+
+    Returns:
+        The step to go on with, which is how many are done; and the dataset, with what was stored when.
+
+    Raises:
+        UserError: no checkpoint is sound, or the one that is does not fit.
+    """
+    found = checkpoints.choose(checkpoints_dir(config.run_dir), world)
     if found is None:
-        return 0
-    checkpoints.verify(found, job.world.rank, job.world.world_size)
-    checkpoints.restore(found, job.engine.pieces())
-    job.engine.updates = found.index["updates"]
-    job.engine.refresh()
+        return 0, dataset
+    dataset = check_checkpoint(config, dataset, found, engine.shapes, allowed)
+    load(engine, found)
+    if world.is_main:
+        checkpoints.set_aside_after(found)
     log.info("resumed %s", found.path)
-    return found.step
+    return found.step, dataset
+
+
+def load(engine: Engine, found: checkpoints.Checkpoint) -> None:
+    """Weights, moments and averages of a checkpoint that fits."""
+    checkpoints.restore(found, engine.pieces())
+    engine.updates = found.index["updates"]
+    engine.refresh()
+
+
+def go_back(job: Job, done: int, skipped: int, again: bool) -> None:
+    """Load the newest sound checkpoint from before the steps that were skipped; the data goes on where it is.
+
+    Args:
+        job: the run.
+        done: steps done, the skipped ones included.
+        skipped: how many of the last ones were skipped.
+        again: no step was applied since the run last went back.
+
+    Raises:
+        UserError: there is no such checkpoint, or going back has not helped.
+    """
+    config = job.config
+    wait_for_save(job)
+    found = None if again else checkpoints.choose(checkpoints_dir(config.run_dir), job.world, before=done - skipped + 1)
+    if found is None:
+        raise UserError(
+            f"guard.max_skipped_steps: no gradient of the last {skipped} steps was finite, and there is no checkpoint "
+            f"to go back to that would help; lower optimizer.lr, or look at the samples in {config.run_dir / SKIPPED}"
+        )
+    load(job.engine, found)
+    log.error("step %d: back to the weights of %s; the data goes on", done, found.path)
 
 
 def loop(job: Job, start: int) -> None:
@@ -202,19 +256,24 @@ def loop(job: Job, start: int) -> None:
         return
     announce(job, start)
     if job.world.is_main:
-        keep_before(config.run_dir / BAD_SAMPLES, start + 1)
-    barrier()  # only then may ranks add to that file
+        for name in (BAD_SAMPLES, SKIPPED):
+            keep_before(config.run_dir / name, start + 1)
+    barrier()  # only then may ranks add to those files
     batches = batches_of(job, start)
     bad = torch.zeros((), device=job.world.device)
     metrics = MetricsLog(config.run_dir, start + 1, config.log.tensorboard) if job.world.is_main else None
-    with progress("loss {task.fields[loss]:.4f} · {task.fields[rate]:.1f} images/s") as bar:
+    requests, agreed = Requests(config.run_dir, reads_files=job.world.is_main), Delayed()
+    requests.forget_files()  # asked of a start before this one
+    done, skipped, went_back = start, 0, False
+    with progress("loss {task.fields[loss]:.4f} · {task.fields[rate]:.1f} images/s") as bar, requests.listening():
         bar.add_task("train", total=config.steps, completed=start, loss=float("nan"), rate=0.0)
         for step in range(start, config.steps):
             began = time.perf_counter()
-            result = train_step(job, batches, step)
+            result = train_step(job, batches, step, requests.heard())
             done = step + 1
             bad += result.sums[2]
-            saving = done == config.steps or done % config.checkpoint.every_steps == 0
+            wish = Wish(*map(bool, (agreed.exchange(result.sums[3:]) or (0, 0))))
+            saving = any(wish) or done == config.steps or done % config.checkpoint.every_steps == 0
             logging = saving or done % config.log.every_steps == 0
             if metrics is not None:
                 metrics.add(**step_record(config, result, step, time.perf_counter() - began))
@@ -222,13 +281,25 @@ def loop(job: Job, start: int) -> None:
                     report(config, metrics.flush(), bar)
             if logging:
                 check_damage(config, int(bad), (done - start) * config.global_batch)
+            skipped, went_back = (0, False) if result.applied else (skipped + 1, went_back)
+            if skipped == config.guard.max_skipped_steps:
+                go_back(job, done, skipped, again=went_back)
+                skipped, went_back = 0, True
             if saving:
                 save(job, done)
-    if metrics is not None:
-        metrics.close()
-    log.info(
-        "done: %d steps, %s images, in %s", config.steps, f"{config.steps * config.global_batch:,}", config.run_dir
-    )
+            elif logging and not job.saver.busy:
+                wait_for_save(job)  # says so if the last one has failed
+            if wish.stop:
+                break
+        try:
+            job.saver.wait()
+        except SaveError as error:
+            raise UserError(f"{error}; mend that, then run the same command again") from error
+        if metrics is not None:
+            metrics.close()
+        requests.forget_files()
+    ending = "done" if done == config.steps else "stopped as asked, the same command goes on from here"
+    log.info("%s: %d steps, %s images, in %s", ending, done, f"{done * config.global_batch:,}", config.run_dir)
 
 
 def batches_of(job: Job, start: int) -> Iterator[Batch]:
@@ -244,33 +315,19 @@ def batches_of(job: Job, start: int) -> Iterator[Batch]:
         noise=functools.partial(draw_noise, config.flow.coupling, config.seed),
         workers=config.data.workers,
         pin_memory=job.world.device.type == "cuda",
+        worker_init=outlive_signals,
     )
     return prefetch(batches, job.world.device)
-
-
-def draw_noise(
-    coupling: str, seed: int, shape: Sequence[int], step: int, slot: int, read_meta: Callable[[], Mapping[str, Any]]
-) -> Tensor:
-    """The noise of one slot of a global batch; the loader's workers call it."""
-    return COUPLINGS[coupling](shape, read_meta, (seed, step, slot))
-
-
-def draw_step(config: TrainConfig, step: int, encoders: int) -> Draws:
-    """Timesteps and dropped encoders of a global batch: a function of seed and step alone."""
-    flow = config.flow
-    sampler = TIMESTEP_SAMPLERS[flow.timesteps]
-    t = sampler(config.global_batch, keyed_generator("t", config.seed, step), mean=flow.logit_mean, std=flow.logit_std)
-    generator = keyed_generator("dropout", config.seed, step)
-    dropped = draw_dropped(config.global_batch, encoders, config.conditioning.dropout, generator)
-    return Draws(shift_timesteps(t, flow.shift), dropped)
 
 
 class StepResult(NamedTuple):
     """What a step leaves for the log.
 
     Attributes:
-        sums: over all ranks: loss of the images, images that counted, damaged samples; shape (3,).
+        sums: over all ranks: loss of the images, images that counted, damaged samples, and how many ranks were asked to
+            stop, and to save; shape (5,).
         grad_norm: before clipping.
+        lr: learning rate.
         applied: False where a gradient was not finite, so that nothing was changed.
         bucket: latent (height, width).
         data_wait_s: time spent waiting for the loader.
@@ -278,12 +335,13 @@ class StepResult(NamedTuple):
 
     sums: Tensor
     grad_norm: float | Tensor
+    lr: float
     applied: bool
     bucket: tuple[int, int]
     data_wait_s: float
 
 
-def train_step(job: Job, batches: Iterator[Batch], step: int) -> StepResult:
+def train_step(job: Job, batches: Iterator[Batch], step: int, wish: Wish) -> StepResult:
     """One optimizer step: this rank's micro-batches forward and backward, then the update.
 
     The gradient is that of the loss summed over the global batch's sound images, divided by `global_batch`: the same
@@ -292,19 +350,24 @@ def train_step(job: Job, batches: Iterator[Batch], step: int) -> StepResult:
     config, device = job.config, job.world.device
     draws = draw_step(config, step, len(job.dataset.encoders))
     scale = job.world.world_size / config.global_batch  # ranks' gradients are averaged
-    sums = torch.zeros(3, device=device)
-    waited = 0.0
+    sums = torch.zeros(5, device=device)
+    sums[3:] = torch.tensor([float(asked) for asked in wish])
+    waited, keys = 0.0, list[str]()
     for micro in range(job.portions.accumulation):
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
         assert batch.step == step, f"the loader is at step {batch.step}, the trainer at {step}"
         _name_bad(config.run_dir, batch)
+        keys += batch.keys
         losses = losses_of(job, batch, draws) * batch.weight
         job.engine.backward(losses.sum() * scale, last=micro == job.portions.accumulation - 1)
-        sums += torch.stack([losses.detach().sum(), batch.weight.sum(), batch.weight.new_tensor(len(batch.bad))])
-    applied = job.engine.step(learning_rate_at(config, step))
-    return StepResult(total(sums), job.engine.grad_norm, applied, batch.bucket, waited)
+        sums[:3] += torch.stack([losses.detach().sum(), batch.weight.sum(), batch.weight.new_tensor(len(batch.bad))])
+    lr = learning_rate_at(config, step)
+    applied = job.engine.step(lr)
+    if not applied:
+        append(config.run_dir / SKIPPED, [{"step": step + 1, "keys": [key for key in keys if key]}])
+    return StepResult(total(sums), job.engine.grad_norm, lr, applied, batch.bucket, waited)
 
 
 def losses_of(job: Job, batch: Batch, draws: Draws) -> Tensor:
@@ -318,27 +381,6 @@ def losses_of(job: Job, batch: Batch, draws: Draws) -> Tensor:
     return velocity_mse(predicted, velocity)
 
 
-def drop_text(
-    tensors: Mapping[str, Tensor], encoders: Sequence[str], dropped: Tensor, null: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Text features in which dropped encoders say what they say of the null.
-
-    Args:
-        tensors: stored tensors by name, (B, ...) each.
-        encoders: in the order of the columns of `dropped`.
-        dropped: shape (B, encoders), bool.
-        null: per text tensor, without the batch dimension.
-    """
-    text = {}
-    for column, encoder in enumerate(encoders):
-        for name in (encoder, f"{encoder}_pooled"):
-            if name in null:
-                value = tensors[name].float()
-                mask = dropped[:, column].reshape(-1, *[1] * (value.ndim - 1))
-                text[name] = torch.where(mask, null[name], value)
-    return text
-
-
 def learning_rate_at(config: TrainConfig, step: int) -> float:
     """The learning rate of a step, counted from 0."""
     options = config.optimizer
@@ -349,40 +391,6 @@ def learning_rate_at(config: TrainConfig, step: int) -> float:
         schedule=options.schedule,
         decay_steps=options.decay_steps or config.steps,
     )
-
-
-def step_record(config: TrainConfig, result: StepResult, step: int, seconds: float) -> dict[str, Any]:
-    """A step's object in metrics.jsonl; `step` is counted from 0."""
-    return {
-        "step": step + 1,
-        "images_seen": (step + 1) * config.global_batch,
-        "phase": 0,
-        "bucket": f"{result.bucket[0]}x{result.bucket[1]}",
-        "loss": result.sums[0] / result.sums[1],
-        "grad_norm": result.grad_norm,
-        "lr": learning_rate_at(config, step),
-        "applied": result.applied,
-        "bad_samples": result.sums[2].int(),
-        "images_per_s": config.global_batch / seconds,
-        "data_wait_s": result.data_wait_s,
-        "step_s": seconds,
-        "mfu": None,
-    }
-
-
-def report(config: TrainConfig, records: Sequence[Mapping[str, Any]], bar: Progress) -> None:
-    """Show where the run is: on the bar, or as a line where the output is no terminal."""
-    for record in records:
-        if not record["applied"]:
-            log.warning("step %d: a gradient was not finite, so nothing was updated", record["step"])
-    last = records[-1]
-    loss = float("nan") if last["loss"] is None else last["loss"]
-    task = bar.tasks[0]
-    bar.update(task.id, completed=last["step"], loss=loss, rate=last["images_per_s"])
-    if bar.disable:
-        left = "" if task.time_remaining is None else f" · {timedelta(seconds=int(task.time_remaining))} left"
-        shown = (last["step"], config.steps, loss, last["images_per_s"], left)
-        log.info("step %d of %d · loss %.4f · %.1f images/s%s", *shown)
 
 
 def check_damage(config: TrainConfig, bad: int, drawn: int) -> None:
@@ -405,10 +413,10 @@ def check_damage(config: TrainConfig, bad: int, drawn: int) -> None:
 
 
 def save(job: Job, done: int) -> None:
-    """Write a checkpoint of the step."""
+    """Begin to write a checkpoint of the step."""
     config = job.config
-    checkpoints.save(
-        checkpoints_dir(config.run_dir),
+    wait_for_save(job)
+    job.saver.start(
         job.engine.pieces(),
         step=done,
         updates=job.engine.updates,
@@ -419,31 +427,15 @@ def save(job: Job, done: int) -> None:
             "dataset": job.dataset.identity(),
             "null": config.conditioning.null,
         },
-        keep=config.checkpoint.keep,
-        rank=job.world.rank,
-        world_size=job.world.world_size,
-        device=job.world.device,
     )
 
 
-def announce(job: Job, start: int) -> None:
-    """Say in four lines what is about to run."""
-    config, mixture, portions = job.config, job.dataset.mixture, job.portions
-    padding = portions.world_size * portions.accumulation * portions.micro_batch - portions.global_batch
-    count = sum(torch.Size(shape).numel() for shape in job.engine.shapes.values())
-    buckets = ", ".join(f"{bucket.name} ({bucket.count:,})" for bucket in mixture.buckets)
-    kind = (config.model.family, f"{count:,}", config.engine.dtype, job.engine.stage)
-    log.info("model    %s, %s parameters, %s, ZeRO-%d", *kind)
-    log.info("data     %s, %s samples in buckets %s", mixture.name, f"{len(mixture):,}", buckets)
-    log.info(
-        "batch    %d images = %d ranks x %d accumulation x %d micro-batch%s",
-        config.global_batch,
-        portions.world_size,
-        portions.accumulation,
-        portions.micro_batch,
-        f", {padding} slots empty" if padding else "",
-    )
-    log.info("run      %s, steps %d to %d", config.run_dir, start, config.steps)
+def wait_for_save(job: Job) -> None:
+    """Let a save that is being written end; one that has failed is reported, and the run goes on without it."""
+    try:
+        job.saver.wait()
+    except SaveError as error:
+        log.error("%s; the run goes on", error)
 
 
 def _name_bad(run_dir: Path, batch: Batch) -> None:
@@ -452,9 +444,3 @@ def _name_bad(run_dir: Path, batch: Batch) -> None:
         log.warning("bad sample %s in %s has weight 0: %s", sample.key, sample.shard, sample.reason)
     if batch.bad:
         append(run_dir / BAD_SAMPLES, [{"step": batch.step + 1, **asdict(sample)} for sample in batch.bad])
-
-
-def _device_names(world: World) -> list[str]:
-    if world.device.type == "cuda":
-        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return [f"cpu, {torch.get_num_threads()} threads"]

@@ -51,6 +51,7 @@ def build_loader(
     noise: Noise,
     workers: int = 0,
     pin_memory: bool = False,
+    worker_init: Callable[[int], None] | None = None,
 ) -> Iterator[Batch]:
     """The batches of one rank, in order: for each step, each of its micro-batches.
 
@@ -65,6 +66,7 @@ def build_loader(
             float32, on the CPU.
         workers: processes that read ahead; 0 reads in this one.
         pin_memory: put batches in page-locked memory.
+        worker_init: each worker calls it first, with its number.
 
     Yields:
         `(stop_step - start_step) * split.accumulation` batches.
@@ -77,7 +79,9 @@ def build_loader(
     items = partial(work_items, mixture, order, split, rank, start_step, stop_step)
     pipeline = webdataset.DataPipeline(items, partial(make_batches, mixture=mixture, noise=noise))
     try:
-        yield from webdataset.WebLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin_memory)
+        yield from webdataset.WebLoader(
+            pipeline, batch_size=None, num_workers=workers, pin_memory=pin_memory, worker_init_fn=worker_init
+        )
     except (UserError, OutageError) as error:  # torch puts a worker's traceback before the text
         traceback.clear_frames(error.__traceback__)  # they hold the loader, and so the workers, until who knows when
         raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].strip()) from None

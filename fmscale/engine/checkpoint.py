@@ -4,7 +4,7 @@
                   partition-00000-of-00008.safetensors    `weight/NAME`, `exp_avg/NAME`, …: 1-D fp32 pieces
                                                           metadata: where each NAME's piece starts
 
-A folder that bears its final name is whole: it is written under another name, synced to disk, then renamed.
+A folder that bears its final name is whole: `saver` writes it under another name, syncs it to disk, then renames it.
 """
 
 from __future__ import annotations
@@ -12,24 +12,26 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fmscale.distributed import any_rank, total
+from fmscale.distributed import World, any_rank, from_main
 from fmscale.engine.zero import Piece
 from fmscale.errors import UserError
-from fmscale.files import sha256, sync
+from fmscale.files import sha256
+from fmscale.log import get_logger
 
+log = get_logger(__name__)
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
-_DELETING = ".deleting-"
-_DIGEST_BYTES = 32
-Result = TypeVar("Result")
+DELETING = ".deleting-"
+WRITING = ".writing-"
+NONE, DAMAGED = -1, -2
 
 
 @dataclass(frozen=True)
@@ -50,169 +52,139 @@ class Checkpoint:
         return int(self.index["step"])
 
 
-def save(
-    root: Path,
-    pieces: Iterable[Piece],
-    *,
-    step: int,
-    updates: int,
-    shapes: Mapping[str, Sequence[int]],
-    description: Mapping[str, Any],
-    keep: int,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-) -> Path:
-    """Write a checkpoint; every rank calls it, and returns when the folder is whole.
-
-    Args:
-        root: the run's `checkpoints` folder, on a file system that all ranks see.
-        pieces: from `Engine.pieces`.
-        step, updates: optimizer steps done, and those of them that were applied.
-        shapes: of every parameter.
-        description: anything else a reader should know, as plain data.
-        keep: newest checkpoints that stay; older ones are deleted once this one is whole.
-        device: on which the ranks' small collectives run.
-
-    Raises:
-        UserError: a rank could not write; nothing is left behind and older checkpoints are untouched.
-    """
-    final = root / f"step-{step:08d}"
-    temporary = root / f".writing-{final.name}"
-    names = [f"partition-{r:05d}-of-{world_size:05d}.safetensors" for r in range(world_size)]
-    try:
-        _everywhere(final, device, lambda: _begin(temporary) if rank == 0 else None)
-        digest, size, kinds = _everywhere(final, device, lambda: _write_partition(temporary / names[rank], pieces))
-        digests = _gather_digests(digest, size, rank, world_size, device)
-        index = {
-            "format": FORMAT,
-            "step": step,
-            "updates": updates,
-            "world_size": world_size,
-            "kinds": kinds,
-            "parameters": {key: list(shape) for key, shape in shapes.items()},
-            "partitions": [
-                {"name": name, "sha256": sha, "bytes": length}
-                for name, (sha, length) in zip(names, digests, strict=True)
-            ],
-            "description": dict(description),
-        }
-        _everywhere(final, device, lambda: _publish(temporary, final, index) if rank == 0 else None)
-    except UserError:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if rank == 0:
-        _prune(root, keep)
-    return final
-
-
-def _everywhere(what: Path, device: torch.device, action: Callable[[], Result]) -> Result:
-    """Do `action` on this rank; raise on every rank if it failed on any. Returns when all ranks have done it."""
-    from safetensors import SafetensorError
-
-    failure = ""
-    try:
-        result = action()
-    except (OSError, SafetensorError) as error:
-        failure = str(error)
-    if any_rank(bool(failure), device):
-        raise UserError(
-            f"{what}: the checkpoint could not be written: {failure or 'another rank failed, see its line'}"
-        )
-    return result
-
-
-def _begin(temporary: Path) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-
-
-def _write_partition(path: Path, pieces: Iterable[Piece]) -> tuple[bytes, int, list[str]]:
-    """Write a rank's pieces; returns the file's SHA-256, size in bytes and the kinds of tensor in it."""
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {}
-    starts: dict[str, int] = {}
-    for piece in pieces:
-        starts[piece.name] = piece.start
-        tensors |= {
-            f"{kind}/{piece.name}": tensor.detach().cpu().contiguous() for kind, tensor in piece.tensors.items()
-        }
-    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
-    sync(path)
-    return bytes.fromhex(sha256(path)), path.stat().st_size, sorted({key.split("/")[0] for key in tensors})
-
-
-def _gather_digests(
-    digest: bytes, size: int, rank: int, world_size: int, device: torch.device
-) -> list[tuple[str, int]]:
-    """Every rank's (SHA-256 in hex, size), by a sum over ranks of rows in which each fills its own."""
-    rows = torch.zeros(world_size, _DIGEST_BYTES + 8, dtype=torch.int32, device=device)
-    rows[rank] = torch.tensor(list(digest + size.to_bytes(8, "little")), dtype=torch.int32)
-    table = [bytes(row) for row in total(rows).tolist()]
-    return [(row[:_DIGEST_BYTES].hex(), int.from_bytes(row[_DIGEST_BYTES:], "little")) for row in table]
-
-
-def _publish(temporary: Path, final: Path, index: dict[str, Any]) -> None:
-    index_path = temporary / "index.json"
-    index_path.write_text(json.dumps(index, indent=1) + "\n")
-    sync(index_path)
-    sync(temporary)
-    shutil.rmtree(final, ignore_errors=True)  # a run that went back behind this step writes it again
-    temporary.rename(final)
-    sync(final.parent)
-
-
-def _prune(root: Path, keep: int) -> None:
-    for checkpoint in find_all(root)[:-keep]:
-        checkpoint.rename(root / f"{_DELETING}{checkpoint.name}")  # a folder that bears its final name is whole
-    for leftover in root.glob(f"{_DELETING}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
 def find_all(root: Path) -> list[Path]:
     """Folders of whole checkpoints under `root`, oldest first."""
     found = [entry for entry in root.glob("step-*") if _NAME.fullmatch(entry.name)]
-    return sorted(found, key=lambda entry: int(entry.name.split("-")[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder bears in its name."""
+    return int(path.name.split("-")[1])
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint's index and check that its files are there in full length.
 
     Raises:
-        UserError: not a checkpoint, of another format, or a file is missing or cut short.
+        UserError: not a whole checkpoint, or of another format.
+        OSError: it cannot be read, which says nothing of what is in it.
     """
     try:
         index = json.loads((path / "index.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a whole checkpoint ({error}); remove it to use an older one") from None
-    given = index.get("format") if isinstance(index, dict) else None
+        given = index["format"]
+        if given == FORMAT and (index["step"], bool(index["partitions"])) != (step_of(path), True):
+            raise ValueError("it is of another step, or has no files")
+        sizes = {path / entry["name"]: entry["bytes"] for entry in index["partitions"]} if given == FORMAT else {}
+    except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: not a whole checkpoint ({error})") from None
     if given != FORMAT:
         raise UserError(f"{path}: checkpoint format {given}, this program reads {FORMAT}")
-    for partition in index["partitions"]:
-        file = path / partition["name"]
-        if not file.is_file() or file.stat().st_size != partition["bytes"]:
-            raise UserError(f"{file}: missing or cut short; remove {path.name} to use an older checkpoint")
+    for file, size in sizes.items():
+        if not file.is_file() or file.stat().st_size != size:
+            raise UserError(f"{file}: missing or cut short")
     return Checkpoint(path, index)
 
 
-def latest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint under `root`, or None where there is none."""
-    found = find_all(root)
-    return open_checkpoint(found[-1]) if found else None
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint has all its files in full length; their content is not looked at."""
+    try:
+        open_checkpoint(path)
+    except UserError:
+        return False
+    return True
+
+
+def latest(root: Path, passed: Collection[int] = (), before: int | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint under `root`, or None where there never was one; those passed over are named.
+
+    Args:
+        root: a run's `checkpoints` folder.
+        passed: steps of checkpoints that were found damaged.
+        before: only those of earlier steps count; None for all.
+
+    Raises:
+        UserError: there are checkpoints, and not one of them is whole.
+    """
+    reason = ""
+    for path in reversed(find_all(root)):
+        if before is not None and step_of(path) >= before:
+            continue
+        if step_of(path) in passed:
+            reason = reason or f"{path}: damaged"
+            continue
+        try:
+            return open_checkpoint(path)
+        except UserError as error:
+            reason = reason or str(error)
+            log.warning("passed over: %s", error)
+    if reason:
+        raise UserError(f"{root}: no checkpoint is whole ({reason}); give another run_dir to start anew")
+    return None
+
+
+def choose(root: Path, world: World, before: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint whose files hold what was written, the same on every rank; each reads its share of them.
+
+    Every rank calls it; rank 0, whose view of the file system may be newer, decides.
+
+    Args:
+        root, before: as for `latest`.
+        world: this rank among the others.
+
+    Raises:
+        UserError: there are checkpoints, and not one of them is sound.
+    """
+    passed: set[int] = set()
+    while (step := from_main(_newest(root, passed, before) if world.is_main else NONE, world.device)) >= 0:
+        found, damage = None, ""
+        try:
+            found = open_checkpoint(root / f"step-{step:08d}")
+            verify(found, world.rank, world.world_size)
+        except (UserError, OSError) as error:
+            damage = str(error)
+            log.warning("passed over: %s", damage)
+        if not any_rank(bool(damage), world.device):
+            return found
+        passed.add(step)
+    if step == DAMAGED:
+        raise UserError(f"{root}: no checkpoint is sound; give another run_dir to start anew")
+    return None
+
+
+def _newest(root: Path, passed: Collection[int], before: int | None) -> int:
+    """Step of the newest whole checkpoint, `NONE`, or `DAMAGED` where there are others."""
+    try:
+        found = latest(root, passed, before)
+    except (UserError, OSError) as error:
+        log.warning("%s", error)
+        return DAMAGED
+    return NONE if found is None else found.step
+
+
+def set_aside_after(found: Checkpoint) -> None:
+    """Rename checkpoints of later steps: they were found damaged, and are neither to win later nor to count as kept."""
+    for path in find_all(found.path.parent):
+        if step_of(path) > found.step:
+            aside = path.with_name(f".damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            log.warning("%s was set aside as %s", path, aside.name)
 
 
 def at_step(root: Path, step: int | None) -> Checkpoint:
-    """The checkpoint of a step, or the newest for None.
+    """The checkpoint of a step, or the newest whole one for None.
 
     Raises:
         UserError: there is none; the line names those that are there.
     """
     found = find_all(root)
+    newest = latest(root) if step is None else None
     if not found:
         raise UserError(f"{root}: no checkpoint here; is this a run directory that has saved one?")
-    wanted = found[-1] if step is None else root / f"step-{step:08d}"
+    if newest is not None:
+        return newest
+    wanted = root / f"step-{step:08d}"
     if wanted not in found:
         raise UserError(
             f"{root}: no checkpoint of step {step}; there are {', '.join(str(int(p.name[5:])) for p in found)}"
@@ -229,9 +201,7 @@ def verify(checkpoint: Checkpoint, rank: int = 0, world_size: int = 1) -> None:
     for partition in checkpoint.index["partitions"][rank::world_size]:
         file = checkpoint.path / partition["name"]
         if sha256(file) != partition["sha256"]:
-            raise UserError(
-                f"{file}: damaged (its checksum differs); remove {checkpoint.path.name} to use an older checkpoint"
-            )
+            raise UserError(f"{file}: damaged: its checksum differs")
 
 
 class Fragments:

@@ -70,7 +70,12 @@ class AdamWEMA(torch.optim.AdamW):
         for param in updated:
             self.init_state(param)
         super().step()
-        for param in updated:
+        self.update_averages(updated)
+
+    @torch.no_grad()
+    def update_averages(self, params: Sequence[Tensor]) -> None:
+        """Move every average of these parameters towards their weights."""
+        for param in params:
             state = self.state[param]
             updates = self._updates(state)
             for decay in self.ema_decays:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from fmscale.distributed import World, free_port, rank_environment
 from fmscale.engine.optim import EMA_PREFIX, AdamWEMA
+from fmscale.errors import UserError
 
 WEIGHT = "weight"
 
@@ -62,7 +64,30 @@ def init_process_group(world: World) -> None:
     atexit.register(torch.distributed.destroy_process_group)
 
 
-def deepspeed_config(zero_stage: int, dtype: str, micro_batch: int, clip_norm: float) -> dict[str, Any]:
+OURS = (  # what the loop, the optimizer and the checkpoints rely on
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "fp16",
+    "bf16",
+    "amp",
+    "zero_optimization.stage",
+    "zero_optimization.offload_optimizer",
+    "zero_optimization.offload_param",
+    "zero_optimization.zero_hpz_partition_size",
+    "zero_optimization.mics_shard_size",
+    "data_types",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+)
+
+
+def deepspeed_config(
+    zero_stage: int, dtype: str, micro_batch: int, clip_norm: float, raw: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The settings DeepSpeed runs with.
 
     Args:
@@ -70,6 +95,10 @@ def deepspeed_config(zero_stage: int, dtype: str, micro_batch: int, clip_norm: f
         dtype: `bf16` or `fp32`.
         micro_batch: images per rank and backward.
         clip_norm: largest global gradient norm, 0 for none.
+        raw: DeepSpeed's own settings, laid over these.
+
+    Raises:
+        UserError: `raw` has a key that fmscale decides.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -87,6 +116,19 @@ def deepspeed_config(zero_stage: int, dtype: str, micro_batch: int, clip_norm: f
         config["bf16"] = {"enabled": True}
         if zero_stage > 1:  # under stage 1 fp32 accumulation would select an optimizer with unsharded gradients
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _laid_over(config, raw or {})
+
+
+def _laid_over(config: dict[str, Any], raw: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    for key, value in raw.items():
+        if within + key in OURS:
+            raise UserError(f"engine.deepspeed: {within}{key} is decided by fmscale's own settings; leave it out")
+        inner = config.get(key)
+        if isinstance(inner, dict):
+            if not isinstance(value, Mapping):
+                raise UserError(f"engine.deepspeed: {within}{key} is a section; give a mapping, not {value!r}")
+            value = _laid_over({**inner}, value, f"{key}.")
+        config[key] = value
     return config
 
 
@@ -194,20 +236,36 @@ class Engine:
         length = min(size, param.ds_numel - start)  # the last ranks hold padding
         return (self.zero.fp32_partitioned_groups_flat[group], offset, length, start) if length > 0 else None
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Bring the weights of the forward pass in line with the fp32 pieces, after these were written to."""
-        param: Any
+        self._show(lambda flat: flat)
+
+    @contextmanager
+    def averaged(self, kind: str) -> Iterator[None]:
+        """The forward pass uses averaged weights while the block runs; afterwards all is as it was, to the bit.
+
+        Only the weights of the forward pass change, which are a rounded copy of the fp32 ones; every rank enters.
+
+        Args:
+            kind: name of the average, from `ema_name`.
+        """
+        self._show(lambda flat: self.optimizer.state[flat][kind])
+        try:
+            yield
+        finally:
+            self.refresh()
+
+    @torch.no_grad()
+    def _show(self, source: Callable[[Tensor], Tensor]) -> None:
+        """Make what `source` gives for each fp32 partition the weights of the forward pass."""
         if self.stage == 3:
-            for param in self.params:
-                group, offset, size = self.zero.grad_position[self.zero.get_param_id(param)]
-                param.ds_tensor.data.copy_(self.zero.fp32_partitioned_groups_flat[group].narrow(0, offset, size))
+            self._show_stage3(source)
             return
         from deepspeed.runtime.utils import all_gather_dp_groups
 
         rank = torch.distributed.get_rank()
         for partitions, flat in zip(self.zero.parallel_partitioned_bit16_groups, self._flat_partitions(), strict=True):
-            partitions[rank].copy_(flat)
+            partitions[rank].copy_(source(flat))
         all_gather_dp_groups(
             groups_flat=self.zero.bit16_groups_flat,
             partitioned_param_groups=self.zero.parallel_partitioned_bit16_groups,
@@ -215,3 +273,13 @@ class Engine:
             start_alignment_factor=self.zero.nccl_start_alignment_factor,
             allgather_bucket_size=self.zero.allgather_bucket_size,
         )
+
+    def _show_stage3(self, source: Callable[[Tensor], Tensor]) -> None:
+        param: Any
+        for param in self.params:
+            group, offset, size = self.zero.grad_position[self.zero.get_param_id(param)]
+            flat = self.zero.fp32_partitioned_groups_flat[group]
+            param.ds_tensor.data.copy_(source(flat).narrow(0, offset, size))
+        if persistent := self.zero.persistent_parameters:  # small ones, which stay whole on every rank between steps
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)

@@ -19,15 +19,14 @@ TIMEOUT_S = 300
 
 
 @pytest.fixture(scope="session")
-def train_many() -> Callable[[int, Sequence[TrainConfig]], None]:
-    """Trains each config, one after another, on the same processes."""
+def run_ranks() -> Callable[..., list[str]]:
+    """Runs a program on so many ranks, with arguments; returns what each of them printed."""
 
-    def run(world_size: int, configs: Sequence[TrainConfig]) -> None:
+    def run(world_size: int, program: Path, *arguments: str) -> list[str]:
         port = free_port()
-        argument = json.dumps([config.model_dump(mode="json") for config in configs])
         ranks = [
             subprocess.Popen(
-                [sys.executable, str(PROGRAM), argument],
+                [sys.executable, str(program), *arguments],
                 env=os.environ
                 | rank_environment(World(rank, rank, world_size), "127.0.0.1", port)
                 | {"OMP_NUM_THREADS": "1"},  # ranks that share cores wait for one another at every barrier
@@ -44,6 +43,17 @@ def train_many() -> Callable[[int, Sequence[TrainConfig]], None]:
                 rank.kill()
         for rank, output in zip(ranks, outputs, strict=True):
             assert rank.returncode == 0, output[-3000:]
+        return outputs
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train_many(run_ranks: Callable[..., list[str]]) -> Callable[[int, Sequence[TrainConfig]], None]:
+    """Trains each config, one after another, on the same processes."""
+
+    def run(world_size: int, configs: Sequence[TrainConfig]) -> None:
+        run_ranks(world_size, PROGRAM, json.dumps([config.model_dump(mode="json") for config in configs]))
 
     return run
 

@@ -8,47 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-from fmscale.config import TrainConfig, dump
-from fmscale.distributed import World, rank_environment
+from running import environment, kill_all, lines, start, wait_for_lines
+
+from fmscale.config import TrainConfig
 from fmscale.train import train
 
 STEPS = 60
 SETTINGS = (f"steps={STEPS}", "checkpoint.every_steps=4", "checkpoint.keep=2", "log.every_steps=1", "data.workers=1")
 KILLED_AFTER = (11, 33)  # lines of metrics
-PATIENCE_S = 120
-
-
-def lines(run_dir: Path) -> int:
-    metrics = run_dir / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
-
-
-def start(config: TrainConfig) -> subprocess.Popen[bytes]:
-    """A training in processes of its own; what it says goes to `output.txt` beside the run."""
-    path = config.run_dir.with_suffix(".yaml")
-    path.write_text(dump(config))
-    command = [sys.executable, "-m", "fmscale", "train", str(path)]
-    ours = rank_environment(World(0, 0, 1), "", 0)  # which trainings in this process have left behind
-    env = {name: value for name, value in os.environ.items() if name not in ours}
-    with (config.run_dir.parent / "output.txt").open("w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
-
-
-def wait_for_lines(config: TrainConfig, process: subprocess.Popen[bytes], count: int) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while lines(config.run_dir) < count:
-        assert process.poll() is None, (config.run_dir.parent / "output.txt").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def kill_all(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def run_until_killed(config: TrainConfig, after: int) -> None:
@@ -92,3 +61,15 @@ def test_a_killed_run_goes_on_to_the_bit(
     assert sorted(path.name for path in (killed.run_dir / "checkpoints").iterdir()) == [
         f"step-{step:08d}" for step in (STEPS - 4, STEPS)
     ]
+
+
+def test_an_error_of_ours_ends_the_process_although_readers_outlive_signals(
+    tmp_path: Path, make_config: Callable[..., TrainConfig]
+) -> None:
+    config = make_config(tmp_path / "run", *SETTINGS, "data.workers=2", "steps=100000")
+    command = [sys.executable, str(Path(__file__).parent / "train_and_fail.py"), config.model_dump_json()]
+    began = time.monotonic()
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert "ValueError: an error that nobody expected" in done.stderr
+    assert time.monotonic() - began < 50  # of which the imports take most

@@ -9,8 +9,8 @@ import pytest
 
 from fmscale.config import TrainConfig
 from fmscale.errors import UserError
-from fmscale.runs import check_run_dir, differences, open_run, start_run_dir
-from fmscale.train import check_setup
+from fmscale.runs import check_run_dir, differences, list_checkpoints, open_run, start_run_dir
+from fmscale.train import check_setup, train
 
 Make = Callable[..., TrainConfig]
 
@@ -83,3 +83,22 @@ def test_datasets_may_move_and_weights_may_not(tmp_path: Path, make_config: Make
     assert differences(mixed("old", 2.0), mixed("new", 2.0)) == []
     assert len(differences(mixed("old", 2.0), mixed("new", 3.0))) == 1
     assert differences(make_config(tmp_path), make_config(tmp_path, "data.max_bad_fraction=0.5")) == []
+
+
+def test_checkpoints_are_listed_with_their_state(
+    tmp_path: Path, make_config: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(make_config(tmp_path / "run", "steps=6", "checkpoint.every_steps=2"))
+    root = tmp_path / "run" / "checkpoints"
+    (root / "step-00000002" / "index.json").unlink()
+    file = next((root / "step-00000004").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    capsys.readouterr()
+    for deep, states in ((False, ["damaged", "whole", "whole"]), (True, ["damaged", "damaged", "sound"])):
+        assert list_checkpoints(tmp_path / "run", deep) == 2
+        lines = capsys.readouterr().out.splitlines()[1:]
+        assert [line.split()[0] for line in lines] == ["2", "4", "6"]
+        assert all(state in line for state, line in zip(states, lines, strict=True))
+    assert open_run(tmp_path / "run").checkpoint.step == 6
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        list_checkpoints(tmp_path, False)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from range_server import ERROR, SOUND, STALL, TRUNCATE, Server, serving
 
+import fmscale.train as training
 from fmscale.batch import Batch
 from fmscale.config import TrainConfig
 from fmscale.data.index import Index
 from fmscale.data.index_build import build_index
 from fmscale.data.shards import ShardWriter
 from fmscale.dataset import open_mixture
+from fmscale.draws import Draws, draw_step, drop_text
 from fmscale.encoders.null import load_null, save_null
 from fmscale.engine import checkpoint as checkpoints
 from fmscale.engine.metrics import read_metrics
 from fmscale.errors import OutageError, UserError
-from fmscale.train import STRICT, Allowed, draw_step, drop_text, train
+from fmscale.train import STRICT, Allowed, train
 
 Make = Callable[..., TrainConfig]
 
@@ -270,7 +275,7 @@ def behind_url(dataset: Path) -> Iterator[Server]:
         yield server
 
 
-REMOTE = ("data.remote.timeout_s=0.5", "data.remote.attempts=4")
+REMOTE = ("data.remote.attempts=4",)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -283,7 +288,8 @@ def test_training_goes_on_when_a_server_recovers(
     train(local)
     behind_url.fault = lambda request: fault if request.before == 0 and request.start % 7 == 0 else SOUND
     places = (f"data.path={behind_url.url}", f"data.remote.cache={tmp_path}/cache", f"data.workers={workers}")
-    remote = make_config(tmp_path / "remote", "steps=4", *REMOTE, *places)
+    patience = f"data.remote.timeout_s={1.0 if fault == STALL else 20.0}"
+    remote = make_config(tmp_path / "remote", "steps=4", *REMOTE, patience, *places)
     train(remote)
     assert any(request.before for request in behind_url.requests)
     losses = [
@@ -301,3 +307,59 @@ def test_training_stops_with_the_url_and_the_cause_when_it_does_not(
     places = (f"data.path={behind_url.url}", f"data.remote.cache={tmp_path}/cache", f"data.workers={workers}")
     with pytest.raises(OutageError, match=rf"^{behind_url.url}/16x8-00000\.tar cannot be read \(tried 4 times\).*500"):
         train(make_config(tmp_path / "run", "steps=20", *REMOTE, *places))
+
+
+class TestSkippedSteps:
+    """A loss that is not a number: the step is dropped, its samples are named, and too many in a row lead back."""
+
+    SETTINGS = ("checkpoint.every_steps=2", "guard.max_skipped_steps=2", "log.every_steps=1")
+
+    @pytest.fixture
+    def poison(self, monkeypatch: pytest.MonkeyPatch) -> set[int]:
+        """Steps whose losses are NaN."""
+        steps: set[int] = set()
+        losses = training.losses_of
+
+        def poisoned(job: training.Job, batch: Batch, draws: Draws) -> torch.Tensor:
+            found = losses(job, batch, draws)
+            return found * float("nan") if batch.step in steps else found
+
+        monkeypatch.setattr(training, "losses_of", poisoned)
+        return steps
+
+    def skipped(self, run_dir: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (run_dir / "skipped_steps.jsonl").read_text().splitlines()]
+
+    def test_they_are_named_and_change_nothing(
+        self, tmp_path: Path, make_config: Make, poison: set[int], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        poison.add(2)
+        config = make_config(tmp_path / "run", *self.SETTINGS, "steps=4", "optimizer.warmup_steps=0")
+        drawn = keys_by_step(config)
+        (line,) = self.skipped(config.run_dir)
+        assert line["step"] == 3
+        assert line["keys"] == drawn[2][1:]
+        applied = [record["applied"] for record in read_metrics(config.run_dir / "metrics.jsonl")]
+        assert applied == [True, True, False, True]
+        assert "step 3: a gradient was not finite, so nothing was updated" in caplog.text
+        newest = checkpoints.latest(config.run_dir / "checkpoints")
+        assert newest is not None
+        assert newest.index["updates"] == 3
+
+    def test_too_many_in_a_row_lead_back_to_the_last_checkpoint(
+        self, tmp_path: Path, make_config: Make, poison: set[int], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        poison.update((5, 6))
+        config = make_config(tmp_path / "run", *self.SETTINGS, "steps=10")
+        train(config)
+        assert re.search(r"step 7: back to the weights of .*step-00000004; the data goes on", caplog.text)
+        assert [line["step"] for line in self.skipped(config.run_dir)] == [6, 7]
+        steps = [record["step"] for record in read_metrics(config.run_dir / "metrics.jsonl")]
+        assert steps == list(range(1, 11))
+
+    def test_without_a_checkpoint_the_run_stops_and_says_why(
+        self, tmp_path: Path, make_config: Make, poison: set[int]
+    ) -> None:
+        poison.update((0, 1))
+        with pytest.raises(UserError, match=r"max_skipped_steps: no gradient of the last 2 .*there is no checkpoint"):
+            train(make_config(tmp_path / "run", *self.SETTINGS, "checkpoint.every_steps=50"))

@@ -51,7 +51,7 @@ def server(index: Index) -> Iterator[Server]:
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteOptions:
     """Short pauses, and a cache for nothing but the index."""
     monkeypatch.setattr("fmscale.data.remote.FIRST_DELAY_S", 0.01)
-    return RemoteOptions(tmp_path / "cache", timeout_s=1, attempts=4)
+    return RemoteOptions(tmp_path / "cache", timeout_s=20, attempts=4)
 
 
 def batches(index: Index, workers: int = 0, run: int = 1) -> list[Batch]:
@@ -112,8 +112,8 @@ def test_faults_that_pass_change_nothing(
     server.fault = lambda request: (
         fault if request.before < (2 if request.name.endswith(".tar") and request.start % 3 == 0 else 0) else SOUND
     )
-    slow = replace(options, timeout_s=0.5)
-    assert_same(batches(open_index(server.url, slow), workers), batches(index))
+    remote = open_index(server.url, replace(options, timeout_s=1 if fault == STALL else 20))
+    assert_same(batches(remote, workers), batches(index))
     assert max(request.before for request in shard_requests(server)) >= 2
 
 
@@ -132,7 +132,7 @@ def test_faults_that_stay_stop_the_run_with_the_url_and_the_cause(
 ) -> None:
     lost = index.location(0)  # at the start of its shard, and so of any request for it
     server.fault = lambda request: fault if (request.name, request.start) == (lost.shard, lost.offset) else SOUND
-    remote = open_index(server.url, replace(options, timeout_s=0.3, attempts=3))
+    remote = open_index(server.url, replace(options, timeout_s=1 if fault == STALL else 20, attempts=3))
     said = rf"^{server.url}/{lost.shard} cannot be read \(tried 3 times\): .*{cause}"
     with pytest.raises(OutageError, match=said) as caught:
         batches(remote, workers)

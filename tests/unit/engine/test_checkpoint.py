@@ -6,27 +6,34 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import resource
+import shutil
 import signal
+import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from fmscale.engine import checkpoint
+from fmscale.distributed import World
+from fmscale.engine import saver as saving
 from fmscale.engine.checkpoint import (
     Fragments,
     at_step,
     check_fits,
+    choose,
     find_all,
     latest,
     open_checkpoint,
     restore,
-    save,
     verify,
 )
+from fmscale.engine.saver import Retention, SaveError, Saver, prune, safetensors_file
 from fmscale.engine.zero import Piece
 from fmscale.errors import UserError
 
@@ -41,19 +48,21 @@ def make_pieces(value: float) -> list[Piece]:
     ]
 
 
-def write(root: Path, step: int, keep: int = 9, pieces: list[Piece] | None = None) -> Path:
-    return save(
-        root,
+def begin(saver: Saver, step: int, pieces: list[Piece] | None = None) -> None:
+    saver.start(
         make_pieces(float(step)) if pieces is None else pieces,
         step=step,
         updates=step,
         shapes=SHAPES,
         description={"note": "test"},
-        keep=keep,
-        rank=0,
-        world_size=1,
-        device=torch.device("cpu"),
     )
+
+
+def write(root: Path, step: int, keep: int = 9, pieces: list[Piece] | None = None, **options: Any) -> Path:
+    saver = Saver(root, World(0, 0, 1), Retention(keep), **options)
+    begin(saver, step, pieces)
+    saver.wait()
+    return root / f"step-{step:08d}"
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
@@ -111,11 +120,93 @@ def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
         check_fits(found, SHAPES, ["weight", "ema_0.9"])
 
 
-def test_a_folder_that_lost_its_index_is_not_passed_over(tmp_path: Path) -> None:
-    write(tmp_path, 1)
+def test_a_damaged_one_is_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    (tmp_path / "step-00000004" / "index.json").unlink()
+    spoil(next((tmp_path / "step-00000003").glob("*.safetensors")), "flipped bit")
+    spoil(next((tmp_path / "step-00000002").glob("*.safetensors")), "cut short")
+    found = choose(tmp_path, World(0, 0, 1))
+    assert found is not None
+    assert found.step == 1
+    for named in ("step-00000004: not a whole checkpoint", "step-00000003/.* damaged", "step-00000002/.* cut short"):
+        assert re.search(f"passed over: .*{named}", caplog.text)
+
+
+def test_nothing_but_damage_is_no_new_start(tmp_path: Path) -> None:
     (write(tmp_path, 2) / "index.json").unlink()
-    with pytest.raises(UserError, match="step-00000002: not a whole checkpoint"):
-        latest(tmp_path)
+    spoil(next(write(tmp_path, 1).glob("*.safetensors")), "flipped bit")
+    with pytest.raises(UserError, match="no checkpoint is sound"):
+        choose(tmp_path, World(0, 0, 1))
+    assert choose(tmp_path / "none", World(0, 0, 1)) is None
+
+
+def test_some_stay_for_ever_and_damaged_ones_do_not_count(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5, 6):
+        write(tmp_path, step)
+    (tmp_path / "step-00000006" / "index.json").unlink()
+    new = tmp_path / "step-00000005"
+    prune(tmp_path, Retention(newest=2, every_steps=3), new)
+    assert [path.name[-1] for path in find_all(tmp_path)] == ["3", "4", "5", "6"]
+    prune(tmp_path, Retention(newest=9), new)
+    prune(tmp_path, Retention(newest=1), new)
+    assert [path.name[-1] for path in find_all(tmp_path)] == ["5", "6"]
+
+
+@pytest.mark.parametrize(("private", "modes"), [(True, (0o700, 0o600)), (False, (0o755, 0o644))])
+def test_files_are_the_users_own_unless_told_otherwise(tmp_path: Path, private: bool, modes: tuple[int, int]) -> None:
+    before = os.umask(0o022)
+    try:
+        folder = write(tmp_path, 1, private=private)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == modes[0]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {modes[1]}
+
+
+def test_training_goes_on_while_a_snapshot_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved is what was there when the save began; a second save waits for the first."""
+    go = threading.Event()
+    sync = saving.sync
+    monkeypatch.setattr(saving, "sync", lambda path: (go.wait(20), sync(path))[1])
+    saver, pieces = Saver(tmp_path, World(0, 0, 1), Retention(9)), make_pieces(1.0)
+    begin(saver, 1, pieces)
+    for piece in pieces:
+        piece.tensors["weight"].fill_(99)
+    assert saver.busy
+    assert find_all(tmp_path) == []
+    go.set()
+    begin(saver, 2, pieces)
+    saver.wait()
+    assert not saver.busy
+    weights = [dict(Fragments(at_step(tmp_path, step)).full("weight"))["vector"] for step in (1, 2)]
+    assert torch.equal(weights[0], torch.arange(5) + 1.0)
+    assert torch.equal(weights[1], torch.full((5,), 99.0))
+
+
+def test_a_save_that_fails_is_told_once_and_the_next_one_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = Saver(tmp_path, World(0, 0, 1), Retention(9))
+    begin(saver, 1)
+    saver.wait()
+    free = shutil.disk_usage(tmp_path)._replace(free=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.shutil, "disk_usage", lambda path: free)
+        begin(saver, 2)
+        with pytest.raises(SaveError, match=r"step-00000002: .* could not be written: it needs 0\.00 GB and 0\.00 GB"):
+            saver.wait()
+    saver.wait()
+    begin(saver, 3)
+    saver.wait()
+    assert [path.name[-1] for path in sorted(tmp_path.iterdir())] == ["1", "3"]
+
+
+def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
+    tensors = {"a/b": torch.randn(7), "none": torch.zeros(0), "umlaut-ä": torch.arange(3.0)}
+    (tmp_path / "x").write_bytes(b"".join(safetensors_file(tensors, {"starts": '{"ä": 1}'})))
+    with safe_open(tmp_path / "x", "pt") as file:
+        assert file.metadata() == {"starts": '{"ä": 1}'}
+        assert set(file.keys()) == set(tensors)
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
 
 
 def spoil(file: Path, how: str) -> None:
@@ -141,7 +232,7 @@ def test_damage_is_named(tmp_path: Path, how: str, said: str) -> None:
 def test_an_unreadable_index_is_named(tmp_path: Path) -> None:
     (write(tmp_path, 1) / "index.json").write_text("{")
     with pytest.raises(UserError, match="step-00000001: not a whole checkpoint"):
-        latest(tmp_path)
+        at_step(tmp_path, 1)
 
 
 def in_a_fork(action: Callable[[], Any]) -> int | None:
@@ -186,9 +277,10 @@ def die_in_save(root: Path, moment: str, survived: int) -> None:
         return call
 
     if moment == "sync":
-        checkpoint.sync = mortal(checkpoint.sync)
+        saving.sync = mortal(saving.sync)
+        saving.os.fsync = mortal(saving.os.fsync)
     elif moment == "rmtree":
-        checkpoint.shutil.rmtree = mortal(checkpoint.shutil.rmtree)
+        saving.shutil.rmtree = mortal(saving.shutil.rmtree)
     else:
         Path.rename = mortal(Path.rename)  # type: ignore[method-assign]
     write(root, 2, keep=1)
@@ -209,6 +301,6 @@ def save_without_room(root: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
     try:
         write(root, 2)
-    except UserError as error:
+    except SaveError as error:
         os._exit(2 if "could not be written" in str(error) else 3)
     os._exit(0)

@@ -1,0 +1,65 @@
+"""What is random in a step: functions of seed, step and place in the global batch, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmscale.config import TrainConfig
+from fmscale.flow.coupling import COUPLINGS
+from fmscale.flow.loss import draw_dropped
+from fmscale.flow.noise import keyed_generator
+from fmscale.flow.timesteps import TIMESTEP_SAMPLERS, shift_timesteps
+
+
+class Draws(NamedTuple):
+    """What is random in a step, for the whole global batch.
+
+    Attributes:
+        t: shape (global_batch,).
+        dropped: shape (global_batch, encoders), bool: which text encoder is dropped for which image.
+    """
+
+    t: Tensor
+    dropped: Tensor
+
+
+def draw_step(config: TrainConfig, step: int, encoders: int) -> Draws:
+    """Timesteps and dropped encoders of a global batch: a function of seed and step alone."""
+    flow = config.flow
+    sampler = TIMESTEP_SAMPLERS[flow.timesteps]
+    t = sampler(config.global_batch, keyed_generator("t", config.seed, step), mean=flow.logit_mean, std=flow.logit_std)
+    generator = keyed_generator("dropout", config.seed, step)
+    dropped = draw_dropped(config.global_batch, encoders, config.conditioning.dropout, generator)
+    return Draws(shift_timesteps(t, flow.shift), dropped)
+
+
+def draw_noise(
+    coupling: str, seed: int, shape: Sequence[int], step: int, slot: int, read_meta: Callable[[], Mapping[str, Any]]
+) -> Tensor:
+    """The noise of one slot of a global batch; the loader's workers call it."""
+    return COUPLINGS[coupling](shape, read_meta, (seed, step, slot))
+
+
+def drop_text(
+    tensors: Mapping[str, Tensor], encoders: Sequence[str], dropped: Tensor, null: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Text features in which dropped encoders say what they say of the null.
+
+    Args:
+        tensors: stored tensors by name, (B, ...) each.
+        encoders: in the order of the columns of `dropped`.
+        dropped: shape (B, encoders), bool.
+        null: per text tensor, without the batch dimension.
+    """
+    text = {}
+    for column, encoder in enumerate(encoders):
+        for name in (encoder, f"{encoder}_pooled"):
+            if name in null:
+                value = tensors[name].float()
+                mask = dropped[:, column].reshape(-1, *[1] * (value.ndim - 1))
+                text[name] = torch.where(mask, null[name], value)
+    return text

@@ -1,0 +1,281 @@
+"""Saving beside the training: a snapshot to host memory now, the files later, in a thread of their own.
+
+    training thread    copies this rank's pieces to host memory, which every save uses again
+    background thread  writes the partition while it is summed, agrees with the other ranks, and on rank 0 writes the
+                       index, renames the folder and removes old checkpoints
+
+The ranks' threads agree over a gloo group that nobody else uses, so that the training's collectives go on beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fmscale.distributed import World, any_rank, total
+from fmscale.engine.checkpoint import DELETING, FORMAT, WRITING, find_all, is_whole, step_of
+from fmscale.engine.zero import Piece
+from fmscale.files import sync
+from fmscale.log import get_logger
+
+log = get_logger(__name__)
+DIGEST_BYTES = 32
+Result = TypeVar("Result")
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; the text says which and why. Older ones are untouched."""
+
+
+class Retention(NamedTuple):
+    """Which checkpoints stay once a new one is whole.
+
+    Attributes:
+        newest: so many of the newest, >= 1.
+        every_steps: those of steps that this divides, for ever; None for no such steps.
+    """
+
+    newest: int
+    every_steps: int | None = None
+
+
+class Snapshot(NamedTuple):
+    """A rank's pieces in host memory.
+
+    Attributes:
+        tensors: `KIND/NAME` -> 1-D float32.
+        starts: where each parameter's piece begins in the flattened parameter.
+    """
+
+    tensors: dict[str, Tensor]
+    starts: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of tensor in it, sorted."""
+        return sorted({key.split("/")[0] for key in self.tensors})
+
+
+class Saver:
+    """Writes a run's checkpoints; one save at a time.
+
+    Args:
+        root: the run's `checkpoints` folder, on a file system that all ranks see.
+        world: this rank among the others; all of them make a saver at the same point, and make the same calls.
+        retention: which checkpoints stay.
+        private: only the user may read the files.
+    """
+
+    def __init__(self, root: Path, world: World, retention: Retention, private: bool = True) -> None:
+        self._root, self._world, self._retention, self._private = root, world, retention, private
+        several = torch.distributed.is_initialized() and world.world_size > 1
+        self._group = torch.distributed.new_group(backend="gloo") if several else None
+        self._memory: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._failure = ""
+        for left in root.glob(f"{WRITING}*") if world.is_main else ():  # by a save that was killed
+            shutil.rmtree(left, ignore_errors=True)
+
+    def start(
+        self,
+        pieces: Iterable[Piece],
+        *,
+        step: int,
+        updates: int,
+        shapes: Mapping[str, Sequence[int]],
+        description: Mapping[str, Any],
+    ) -> None:
+        """Take a snapshot and begin to write it; a save that is still being written is waited for first.
+
+        Args:
+            pieces: from `Engine.pieces`.
+            step, updates: optimizer steps done, and those of them that were applied.
+            shapes: of every parameter.
+            description: anything else a reader should know, as plain data.
+
+        Raises:
+            SaveError: the save before this one has failed.
+        """
+        self.wait()
+        snapshot = self._take(pieces)
+        index = {
+            "format": FORMAT,
+            "step": step,
+            "updates": updates,
+            "world_size": self._world.world_size,
+            "kinds": snapshot.kinds,
+            "parameters": {key: list(shape) for key, shape in shapes.items()},
+            "description": dict(description),
+        }
+        self._thread = threading.Thread(target=self._run, args=(snapshot, index), name="checkpoint")
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Return when no save is being written.
+
+        Raises:
+            SaveError: the last one has failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, ""
+        if failure:
+            raise SaveError(failure)
+
+    def _take(self, pieces: Iterable[Piece]) -> Snapshot:
+        """Copy pieces to memory that stays: the first touch of fresh memory costs as much as the copy."""
+        tensors: dict[str, Tensor] = {}
+        starts: dict[str, int] = {}
+        for piece in pieces:
+            starts[piece.name] = piece.start
+            for kind, tensor in piece.tensors.items():
+                key = f"{kind}/{piece.name}"
+                if key not in self._memory:
+                    self._memory[key] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
+                tensors[key] = self._memory[key].copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return Snapshot(tensors, starts)
+
+    def _run(self, snapshot: Snapshot, index: dict[str, Any]) -> None:
+        try:
+            self._write(snapshot, index)
+        except SaveError as error:
+            self._failure = str(error)
+        except Exception as error:  # a lost connection to another rank's thread, for instance
+            self._failure = f"the checkpoint of step {index['step']} could not be written: {error!r}"
+
+    def _write(self, snapshot: Snapshot, index: dict[str, Any]) -> None:
+        """Every rank's partition, then the index, then the final name; every rank returns when the folder has it."""
+        final = self._root / f"step-{index['step']:08d}"
+        temporary = self._root / f"{WRITING}{final.name}"
+        rank, count = self._world.rank, self._world.world_size
+        names = [f"partition-{r:05d}-of-{count:05d}.safetensors" for r in range(count)]
+        need = int(total(torch.tensor([snapshot.bytes]), self._group))
+        try:
+            self._everywhere(final, lambda: self._begin(temporary, need) if rank == 0 else None)
+            digest, size = self._everywhere(final, lambda: self._write_partition(temporary / names[rank], snapshot))
+            index["partitions"] = [
+                {"name": name, "sha256": sha, "bytes": length}
+                for name, (sha, length) in zip(names, self._gather(digest, size), strict=True)
+            ]
+            self._everywhere(final, lambda: self._publish(temporary, final, index) if rank == 0 else None)
+        except SaveError:
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _everywhere(self, what: Path, action: Callable[[], Result]) -> Result:
+        """Do `action` on this rank; raise on every rank if it failed on any. Returns when all ranks have done it."""
+        failure = ""
+        try:
+            result = action()
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
+            failure = str(error) if isinstance(error, OSError) else repr(error)
+        if any_rank(bool(failure), torch.device("cpu"), self._group):
+            raise SaveError(
+                f"{what}: the checkpoint could not be written: {failure or 'another rank failed, see its line'}"
+            )
+        return result
+
+    def _begin(self, temporary: Path, need: int) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True, mode=0o700 if self._private else 0o777)
+        free = shutil.disk_usage(temporary).free
+        if free < need:
+            temporary.rmdir()
+            raise OSError(f"it needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
+
+    def _write_partition(self, path: Path, snapshot: Snapshot) -> tuple[bytes, int]:
+        digest = hashlib.sha256()
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if self._private else 0o666)
+        with open(descriptor, "wb", buffering=0) as file:
+            for part in safetensors_file(snapshot.tensors, {"starts": json.dumps(snapshot.starts)}):
+                digest.update(part)
+                write_all(file.fileno(), part)
+            os.fsync(file.fileno())
+        return digest.digest(), path.stat().st_size
+
+    def _gather(self, digest: bytes, size: int) -> list[tuple[str, int]]:
+        """Every rank's (SHA-256 in hex, size), by a sum over ranks of rows in which each fills its own."""
+        rows = torch.zeros(self._world.world_size, DIGEST_BYTES + 8, dtype=torch.int32)
+        rows[self._world.rank] = torch.tensor(list(digest + size.to_bytes(8, "little")), dtype=torch.int32)
+        table = [bytes(row) for row in total(rows, self._group).tolist()]
+        return [(row[:DIGEST_BYTES].hex(), int.from_bytes(row[DIGEST_BYTES:], "little")) for row in table]
+
+    def _publish(self, temporary: Path, final: Path, index: dict[str, Any]) -> None:
+        index_path = temporary / "index.json"
+        index_path.touch(0o600 if self._private else 0o666)
+        index_path.write_text(json.dumps(index, indent=1) + "\n")
+        sync(index_path)
+        sync(temporary)
+        shutil.rmtree(final, ignore_errors=True)  # a run that went back behind this step writes it again
+        temporary.rename(final)
+        sync(final.parent)
+        try:
+            prune(self._root, self._retention, final)
+        except OSError as error:
+            log.warning("old checkpoints in %s stay: %s", self._root, error)
+
+
+def prune(root: Path, retention: Retention, new: Path) -> None:
+    """Remove checkpoints that need not stay. One that is damaged does not count as one that is there.
+
+    Args:
+        root: the run's `checkpoints` folder.
+        retention: which stay.
+        new: the one that was just written, which stays in any case.
+    """
+    for leftover in root.glob(f"{DELETING}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    whole = [path for path in find_all(root) if is_whole(path)]
+    for path in whole[: -retention.newest]:
+        if path != new and (retention.every_steps is None or step_of(path) % retention.every_steps):
+            gone = root / f"{DELETING}{path.name}"  # a folder that bears its final name is whole
+            path.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def safetensors_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterable[bytes | memoryview]:
+    """A file of 1-D float32 tensors, part by part and without a copy: its head, then each tensor's bytes.
+
+    Source: the format, as the safetensors library documents it.
+    """
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32, name
+        table[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    head = json.dumps(table).encode()
+    head += b" " * (-len(head) % 8)
+    yield len(head).to_bytes(8, "little") + head
+    for tensor in tensors.values():
+        yield tensor.numpy().data.cast("B")
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write bytes to a file; one call to the system writes less than 2 GiB, and may write less than that."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]

@@ -12,7 +12,7 @@ PROGRAM = Path(__file__).parent / "plain_loop.py"
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-3}  # relative; sums in bf16 differ by 2**-9 with their order
 
 
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_the_engine_trains_as_a_plain_loop(
     run_ranks: Callable[..., list[str]], world_size: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,8 @@ turns among the workers, so their number changes nothing but speed.
 
 from __future__ import annotations
 
+import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -78,15 +80,29 @@ def build_loader(
     """
     items = partial(work_items, mixture, order, split, rank, start_step, stop_step)
     pipeline = webdataset.DataPipeline(items, partial(make_batches, mixture=mixture, noise=noise))
+    loader = webdataset.WebLoader(
+        pipeline, batch_size=None, num_workers=workers, pin_memory=pin_memory, worker_init_fn=worker_init
+    )
     try:
-        yield from webdataset.WebLoader(
-            pipeline, batch_size=None, num_workers=workers, pin_memory=pin_memory, worker_init_fn=worker_init
-        )
+        yield from _started(loader)
     except (UserError, OutageError) as error:  # torch puts a worker's traceback before the text
         traceback.clear_frames(error.__traceback__)  # they hold the loader, and so the workers, until who knows when
         raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].strip()) from None
     except (EOFError, ConnectionError) as error:  # it died while it handed a batch over
         raise RuntimeError(f"DataLoader worker (pid unknown) exited unexpectedly: {type(error).__name__}") from error
+
+
+def _started(loader: webdataset.WebLoader) -> Iterator[Batch]:
+    """The loader's iterator, without the signal handler that torch sets with the first one.
+
+    It raises a worker's death wherever the process happens to be, even while another error is dealt with. Who waits
+    for a batch of a dead worker is told within five seconds all the same.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():  # nobody else may, and for nobody else torch does
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    return batches
 
 
 def work_items(

@@ -156,6 +156,10 @@ class GuardConfig(Section):
     max_skipped_steps: Positive = 10
     """Steps in a row that may be dropped because a gradient was not finite; then the run goes back to the weights of
     its last checkpoint, and on with the data that comes next."""
+    silent_s: Annotated[float, Field(gt=0)] = 60.0
+    """The job ends when a rank has not been heard of for so long, because it was stopped or killed."""
+    stalled_s: Annotated[float, Field(gt=0)] = 540.0
+    """The job ends when no rank has moved on for so long; what compiles, reads or saves for longer needs more."""
 
 
 class CheckpointConfig(Section):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+GRACE_S = 12.0  # in which ranks name the one that they miss
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # save, and end well
 
 
@@ -130,7 +131,7 @@ def spawn(argv: Sequence[str], nproc: int) -> int:
         )
         before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
         try:
-            while not context.join():
+            while not context.join(grace_period=GRACE_S):
                 pass
         finally:
             for number, handler in before.items():

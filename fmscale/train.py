@@ -33,12 +33,13 @@ from fmscale.engine.metrics import MetricsLog, append, keep_before
 from fmscale.engine.optim import AdamWEMA, ema_name, learning_rate, parameter_groups
 from fmscale.engine.saver import Retention, SaveError, Saver
 from fmscale.engine.zero import Engine, deepspeed_config, init_process_group
-from fmscale.errors import UserError
+from fmscale.errors import OutageError, UserError
 from fmscale.flow.loss import velocity_mse
 from fmscale.flow.path import interpolate
 from fmscale.log import get_logger, progress
 from fmscale.reporting import announce, device_names, report, step_record
 from fmscale.runs import DATASET, build_model, check_run_dir, checkpoints_dir, start_run_dir
+from fmscale.watchdog import Limits, Watchdog, cut_off
 
 log = get_logger(__name__)
 BAD_SAMPLES = "bad_samples.jsonl"  # in the run directory: step, key, shard and reason of each
@@ -73,6 +74,7 @@ class Job(NamedTuple):
         world: this process among the ranks.
         portions: how a global batch falls to ranks and micro-batches.
         saver: writes its checkpoints.
+        watch: is told where this rank is.
     """
 
     config: TrainConfig
@@ -81,6 +83,7 @@ class Job(NamedTuple):
     world: World
     portions: Split
     saver: Saver
+    watch: Watchdog
 
 
 def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
@@ -109,10 +112,14 @@ def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
         start_run_dir(config, device_names(world), shards_seen(config, dataset))
     retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_steps)
     saver = Saver(checkpoints_dir(config.run_dir), world, retention, config.checkpoint.private)
+    limits = Limits(config.guard.silent_s, config.guard.stalled_s)
     try:
-        loop(Job(config, dataset.to(world.device), engine, world, portions, saver), start)
-    except BaseException:
+        with Watchdog(world, config.run_dir, limits) as watch:
+            loop(Job(config, dataset.to(world.device), engine, world, portions, saver, watch), start)
+    except BaseException as error:
         release_readers()  # else they would hold this process up for a minute
+        if isinstance(error, RuntimeError) and cut_off(str(error)):
+            raise OutageError(f"another rank does not answer any more ({error})") from error
         raise
 
 
@@ -291,6 +298,7 @@ def loop(job: Job, start: int) -> None:
                 wait_for_save(job)  # says so if the last one has failed
             if wish.stop:
                 break
+        job.watch.at(done - 1, "waiting for the last checkpoint")
         try:
             job.saver.wait()
         except SaveError as error:
@@ -348,6 +356,7 @@ def train_step(job: Job, batches: Iterator[Batch], step: int, wish: Wish) -> Ste
     for every world size and micro-batch.
     """
     config, device = job.config, job.world.device
+    job.watch.at(step, "starting a step")
     draws = draw_step(config, step, len(job.dataset.encoders))
     scale = job.world.world_size / config.global_batch  # ranks' gradients are averaged
     sums = torch.zeros(5, device=device)
@@ -355,14 +364,17 @@ def train_step(job: Job, batches: Iterator[Batch], step: int, wish: Wish) -> Ste
     waited, keys = 0.0, list[str]()
     for micro in range(job.portions.accumulation):
         asked = time.perf_counter()
+        job.watch.at(step, "waiting for data")
         batch = next(batches)
         waited += time.perf_counter() - asked
+        job.watch.at(step, "in a micro-batch")
         assert batch.step == step, f"the loader is at step {batch.step}, the trainer at {step}"
         _name_bad(config.run_dir, batch)
         keys += batch.keys
         losses = losses_of(job, batch, draws) * batch.weight
         job.engine.backward(losses.sum() * scale, last=micro == job.portions.accumulation - 1)
         sums[:3] += torch.stack([losses.detach().sum(), batch.weight.sum(), batch.weight.new_tensor(len(batch.bad))])
+    job.watch.at(step, "updating the weights")
     lr = learning_rate_at(config, step)
     applied = job.engine.step(lr)
     if not applied:
@@ -415,6 +427,7 @@ def check_damage(config: TrainConfig, bad: int, drawn: int) -> None:
 def save(job: Job, done: int) -> None:
     """Begin to write a checkpoint of the step."""
     config = job.config
+    job.watch.at(done - 1, "saving")
     wait_for_save(job)
     job.saver.start(
         job.engine.pieces(),

@@ -287,6 +287,15 @@ def _reflow(args: argparse.Namespace) -> int:
     return _with_config(args, lambda config: _program("reflow").reflow(config, args.allow_pipe))
 
 
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", default=".", help="whose disk is checked (this one)")
+    parser.add_argument("--json", action="store_true", help="print data, not a table")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    return _program("doctor").doctor(_path(args.folder), args.json)
+
+
 def _program(name: str) -> Any:
     return importlib.import_module(f"fmscale.{name}")
 
@@ -367,5 +376,11 @@ COMMANDS = {
         "fmscale reflow configs/reflow.yaml teacher=quickstart/run out=pairs",
         _reflow_arguments,
         _reflow,
+    ),
+    "doctor": Command(
+        "whether this machine can train, and what to do where it cannot; exit code 1 then",
+        "fmscale doctor /data/runs",
+        _doctor_arguments,
+        _doctor,
     ),
 }

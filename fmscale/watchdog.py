@@ -173,8 +173,7 @@ class Watchdog:
         main = self._world.is_main
         store = torch.distributed.TCPStore(address, 0, None, True, patience, wait_for_workers=False) if main else None
         port = from_main(store.port if store else 0, self._world.device)
-        store = store or torch.distributed.TCPStore(address, port, None, False, patience)
-        return store
+        return store or torch.distributed.TCPStore(address, port, None, False, patience)
 
     def __enter__(self) -> Watchdog:
         if self._world.is_main:
@@ -249,7 +248,7 @@ class Watchdog:
             one.heard_s = one.moved_s = now
 
     def _end(self, verdict: str, speak: bool) -> None:
-        """End this process, with its stacks in the run directory, and on the rank that found it a line on the screen."""
+        """End this process, with its stacks in the run directory; the rank that found out says why."""
         folder = self._run_dir / STALLS
         with suppress(OSError):
             folder.mkdir(exist_ok=True)

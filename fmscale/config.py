@@ -176,6 +176,15 @@ class LogConfig(Section):
     every_steps: Positive = 10
     """Steps between two writes of metrics; each step has its own line all the same."""
     tensorboard: bool = True
+    """Show the numbers of each step as curves there."""
+    histogram_every_steps: Positive | None = None
+    """Steps between two histograms of weights and clipped gradients in TensorBoard; null is never."""
+
+    @model_validator(mode="after")
+    def _histograms_have_a_place(self) -> LogConfig:
+        if self.histogram_every_steps is not None and not self.tensorboard:
+            raise ValueError("histogram_every_steps needs tensorboard: true")
+        return self
 
 
 class TrainConfig(Section):

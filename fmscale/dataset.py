@@ -29,6 +29,7 @@ class Dataset:
         mixture: where each sample is.
         encoders: text encoders whose features are stored.
         t5_length: T5 tokens, or zeros in their place.
+        text_tokens: of a caption, as the network takes them: one that stands for many counts once.
         null: per stored text tensor, what replaces it when its encoder is dropped.
         generations: what was stored when, where shards were appended in mid-run; the last is what is stored now.
     """
@@ -36,6 +37,7 @@ class Dataset:
     mixture: Mixture
     encoders: tuple[str, ...]
     t5_length: int
+    text_tokens: int
     null: dict[str, Tensor]
     generations: tuple[Generation, ...]
 
@@ -86,7 +88,7 @@ def open_dataset(config: TrainConfig, allow_pipe: bool = False) -> Dataset:
         raise UserError(
             f"model.pooled_dim: {config.model.pooled_dim}, the dataset's pooled text has {check.pooled.shape[1]}"
         )
-    return Dataset(mixture, encoders, t5_length, null, (mixture.generation(),))
+    return Dataset(mixture, encoders, t5_length, check.context.shape[1], null, (mixture.generation(),))
 
 
 def open_null(mixture: Mixture, null: str) -> dict[str, Tensor]:

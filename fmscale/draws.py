@@ -16,15 +16,20 @@ from fmscale.flow.timesteps import TIMESTEP_SAMPLERS, shift_timesteps
 
 
 class Draws(NamedTuple):
-    """What is random in a step, for the whole global batch.
+    """What is random in a step: for the whole global batch B, or for some of its slots.
 
     Attributes:
-        t: shape (global_batch,).
-        dropped: shape (global_batch, encoders), bool: which text encoder is dropped for which image.
+        t: shape (B,).
+        dropped: shape (B, encoders), bool: which text encoder is dropped for which image.
     """
 
     t: Tensor
     dropped: Tensor
+
+    def of(self, slots: Tensor, device: torch.device) -> Draws:
+        """Those of some slots, on a device; a slot behind the last one is padding, for which any draw will do."""
+        places = slots.clamp(max=len(self.t) - 1)
+        return Draws(*(drawn[places].to(device, non_blocking=True) for drawn in self))
 
 
 def draw_step(config: TrainConfig, step: int, encoders: int) -> Draws:

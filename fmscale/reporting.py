@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fmscale.config import TrainConfig
 from fmscale.distributed import World
+from fmscale.engine.metrics import MetricsLog, Named
+from fmscale.engine.statistics import Look
+from fmscale.engine.zero import WEIGHT
 from fmscale.log import get_logger
+from fmscale.models import parts_of
+from fmscale.models.flops import FLOPS, peak_flops
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -18,6 +26,10 @@ if TYPE_CHECKING:
     from fmscale.train import Job, StepResult
 
 log = get_logger(__name__)
+BINS = 10  # equal parts of t's range
+LOSS_BINS, COUNT_BINS = slice(5, 5 + BINS), slice(5 + BINS, 5 + 2 * BINS)  # their places in `StepResult.sums`
+SUMS = 5 + 2 * BINS
+BIN_NAMES = tuple(f"{i / BINS:g}-{(i + 1) / BINS:g}" for i in range(BINS))
 
 
 def announce(job: Job, start: int) -> None:
@@ -40,23 +52,132 @@ def announce(job: Job, start: int) -> None:
     log.info("run      %s, steps %d to %d", config.run_dir, start, config.steps)
 
 
-def step_record(config: TrainConfig, result: StepResult, step: int, seconds: float) -> dict[str, Any]:
-    """A step's object in metrics.jsonl; `step` is counted from 0."""
+def by_timestep(t: Tensor, values: Tensor) -> Tensor:
+    """Sums of what belongs to each bin of t.
+
+    Args:
+        t: shape (B,), in [0, 1].
+        values: shape (B,).
+
+    Returns:
+        Shape (BINS,). A value that is not finite spoils its own bin alone.
+    """
+    bins = (t * BINS).long().clamp(max=BINS - 1)
+    return torch.where(bins[:, None] == torch.arange(BINS, device=t.device), values[:, None], 0).sum(dim=0)
+
+
+def due(every: int | None, done: int) -> bool:
+    """Whether what happens every so many steps, or never, happens after this one."""
+    return every is not None and done % every == 0
+
+
+def look_at(job: Job, step: int) -> Look | None:
+    """What looks at the gradient of a step, counted from 0, if that is to be told of; on every rank alike."""
+    logging, counting = job.config.log, due(job.config.log.histogram_every_steps, step + 1)
+    if not (counting or due(logging.every_steps, step + 1)):
+        return None
+    return Look(parts_of(job.config.model.family, job.engine.names), job.world.device, counting)
+
+
+class Reporter:
+    """Takes what each step leaves, and writes it now and then. Every rank has one, rank 0 writes.
+
+    Args:
+        job: the run.
+        start: steps that are done.
+    """
+
+    def __init__(self, job: Job, start: int) -> None:
+        self.job, config = job, job.config
+        self.metrics = MetricsLog(config.run_dir, start + 1, config.log.tensorboard) if job.world.is_main else None
+        self.skipped: int = self.metrics.last.get("skipped_steps", 0) if self.metrics else 0
+        peak = peak_flops(device_names(job.world)[0], config.engine.dtype)
+        self.peak = None if peak is None else peak * job.world.world_size
+
+    def take(self, result: StepResult, step: int, seconds: float) -> None:
+        """Note a step, counted from 0, without waiting for the device."""
+        if self.metrics is not None:
+            self.skipped += not result.applied
+            job = self.job
+            record = step_record(job.config, result, step)
+            fast = speed(job.config, result.bucket, job.dataset.text_tokens, seconds)
+            mfu = None if self.peak is None else fast["flops_per_s"] / self.peak
+            self.metrics.add(**record, skipped_steps=self.skipped, **fast, mfu=mfu, memory_gb=memory_gb(job.world))
+
+    def flush(self, bar: Progress) -> None:
+        """Write the steps that were noted, and show where the run is."""
+        if self.metrics is not None:
+            report(self.job.config, self.metrics.flush(), bar)
+
+    def show(self, result: StepResult, done: int) -> None:
+        """Write histograms where they are due; every rank calls it after every step."""
+        if not due(self.job.config.log.histogram_every_steps, done):
+            return
+        weights = Look(parts_of(self.job.config.model.family, self.job.engine.names), self.job.world.device, True)
+        weights({piece.name: piece.tensors[WEIGHT] for piece in self.job.engine.pieces()})
+        for kind, look in (("weights", weights.share()), ("gradients", result.gradient)):
+            if self.metrics is not None and look is not None:
+                for part, sums in zip(look.names, look.sums.tolist(), strict=True):
+                    self.metrics.add_histogram(f"{kind}/{part}", sums, done)
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self.metrics is not None:
+            self.metrics.close()
+
+
+def step_record(config: TrainConfig, result: StepResult, step: int) -> dict[str, Any]:
+    """What a step, counted from 0, did: the first half of its object in metrics.jsonl."""
+    sums, gradient = result.sums, result.gradient
     return {
         "step": step + 1,
         "images_seen": (step + 1) * config.global_batch,
         "phase": 0,
         "bucket": f"{result.bucket[0]}x{result.bucket[1]}",
-        "loss": result.sums[0] / result.sums[1],
+        "loss": sums[0] / sums[1],
+        "loss_by_t": Named(BIN_NAMES, sums[LOSS_BINS] / sums[COUNT_BINS]),
         "grad_norm": result.grad_norm,
+        "grad_norms": None if gradient is None else Named(gradient.names, gradient.norms(result.grad_norm)),
         "lr": result.lr,
         "applied": result.applied,
-        "bad_samples": result.sums[2].int(),
-        "images_per_s": config.global_batch / seconds,
+        "bad_samples": sums[2].int(),
         "data_wait_s": result.data_wait_s,
-        "step_s": seconds,
-        "mfu": None,
     }
+
+
+def speed(config: TrainConfig, bucket: tuple[int, int], text_tokens: int, seconds: float) -> dict[str, float]:
+    """How fast a step was, over all ranks.
+
+    Args:
+        config: model and global batch.
+        bucket: latent (height, width).
+        text_tokens: of a caption, as the network takes them.
+        seconds: that the step took.
+
+    Returns:
+        `step_s`, `images_per_s`, `tokens_per_s` (of image and text) and `flops_per_s` (of forward and backward; what
+        was computed again to save memory does not count).
+    """
+    model, (height, width) = config.model, bucket
+    tokens = (height // model.patch_size) * (width // model.patch_size) + text_tokens
+    flops = FLOPS[model.family](model.model_dump(), height, width, text_tokens).train_step
+    images = config.global_batch / seconds
+    return {
+        "step_s": seconds,
+        "images_per_s": images,
+        "tokens_per_s": images * tokens,
+        "flops_per_s": images * flops,
+    }
+
+
+def memory_gb(world: World) -> float:
+    """Most gigabytes that were in use: on the GPU since this was last asked, of a process on the CPU since it began."""
+    if world.device.type == "cuda":
+        most = torch.cuda.max_memory_allocated(world.device)
+        torch.cuda.reset_peak_memory_stats(world.device)
+        return most / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def report(config: TrainConfig, records: Sequence[Mapping[str, Any]], bar: Progress) -> None:

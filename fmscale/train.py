@@ -29,15 +29,16 @@ from fmscale.draws import Draws, draw_noise, draw_step, drop_text
 from fmscale.encoders.text import assemble
 from fmscale.engine import checkpoint as checkpoints
 from fmscale.engine.blocks import compile_blocks, recompute
-from fmscale.engine.metrics import MetricsLog, append, keep_before
+from fmscale.engine.metrics import append, keep_before
 from fmscale.engine.optim import AdamWEMA, ema_name, learning_rate, parameter_groups
 from fmscale.engine.saver import Retention, SaveError, Saver
+from fmscale.engine.statistics import Look
 from fmscale.engine.zero import Engine, deepspeed_config, init_process_group
 from fmscale.errors import OutageError, UserError
 from fmscale.flow.loss import velocity_mse
 from fmscale.flow.path import interpolate
 from fmscale.log import get_logger, progress
-from fmscale.reporting import announce, device_names, report, step_record
+from fmscale.reporting import COUNT_BINS, LOSS_BINS, SUMS, Reporter, announce, by_timestep, device_names, look_at
 from fmscale.runs import DATASET, build_model, check_run_dir, checkpoints_dir, start_run_dir
 from fmscale.watchdog import Limits, Watchdog, cut_off
 
@@ -268,7 +269,7 @@ def loop(job: Job, start: int) -> None:
     barrier()  # only then may ranks add to those files
     batches = batches_of(job, start)
     bad = torch.zeros((), device=job.world.device)
-    metrics = MetricsLog(config.run_dir, start + 1, config.log.tensorboard) if job.world.is_main else None
+    reporter = Reporter(job, start)
     requests, agreed = Requests(config.run_dir, reads_files=job.world.is_main), Delayed()
     requests.forget_files()  # asked of a start before this one
     done, skipped, went_back = start, 0, False
@@ -279,19 +280,18 @@ def loop(job: Job, start: int) -> None:
             result = train_step(job, batches, step, requests.heard())
             done = step + 1
             bad += result.sums[2]
-            wish = Wish(*map(bool, (agreed.exchange(result.sums[3:]) or (0, 0))))
+            wish = Wish(*map(bool, (agreed.exchange(result.sums[3:5]) or (0, 0))))
             saving = any(wish) or done == config.steps or done % config.checkpoint.every_steps == 0
             logging = saving or done % config.log.every_steps == 0
-            if metrics is not None:
-                metrics.add(**step_record(config, result, step, time.perf_counter() - began))
-                if logging:
-                    report(config, metrics.flush(), bar)
+            reporter.take(result, step, time.perf_counter() - began)
             if logging:
+                reporter.flush(bar)
                 check_damage(config, int(bad), (done - start) * config.global_batch)
             skipped, went_back = (0, False) if result.applied else (skipped + 1, went_back)
             if skipped == config.guard.max_skipped_steps:
                 go_back(job, done, skipped, again=went_back)
                 skipped, went_back = 0, True
+            reporter.show(result, done)
             if saving:
                 save(job, done)
             elif logging and not job.saver.busy:
@@ -303,8 +303,7 @@ def loop(job: Job, start: int) -> None:
             job.saver.wait()
         except SaveError as error:
             raise UserError(f"{error}; mend that, then run the same command again") from error
-        if metrics is not None:
-            metrics.close()
+        reporter.close()
         requests.forget_files()
     ending = "done" if done == config.steps else "stopped as asked, the same command goes on from here"
     log.info("%s: %d steps, %s images, in %s", ending, done, f"{done * config.global_batch:,}", config.run_dir)
@@ -332,9 +331,11 @@ class StepResult(NamedTuple):
     """What a step leaves for the log.
 
     Attributes:
-        sums: over all ranks: loss of the images, images that counted, damaged samples, and how many ranks were asked to
-            stop, and to save; shape (5,).
+        sums: over all ranks: loss of the images, images that counted, damaged samples, how many ranks were asked to
+            stop, and to save; then by bin of t the loss and the count of images, at `LOSS_BINS` and `COUNT_BINS`;
+            shape (SUMS,).
         grad_norm: before clipping.
+        gradient: what it is like, part by part, in steps that are to tell.
         lr: learning rate.
         applied: False where a gradient was not finite, so that nothing was changed.
         bucket: latent (height, width).
@@ -343,6 +344,7 @@ class StepResult(NamedTuple):
 
     sums: Tensor
     grad_norm: float | Tensor
+    gradient: Look | None
     lr: float
     applied: bool
     bucket: tuple[int, int]
@@ -359,8 +361,9 @@ def train_step(job: Job, batches: Iterator[Batch], step: int, wish: Wish) -> Ste
     job.watch.at(step, "starting a step")
     draws = draw_step(config, step, len(job.dataset.encoders))
     scale = job.world.world_size / config.global_batch  # ranks' gradients are averaged
-    sums = torch.zeros(5, device=device)
-    sums[3:] = torch.tensor([float(asked) for asked in wish])
+    sums = torch.zeros(SUMS)
+    sums[3:5] = torch.tensor([float(asked) for asked in wish])
+    sums = sums.to(device, non_blocking=True)
     waited, keys = 0.0, list[str]()
     for micro in range(job.portions.accumulation):
         asked = time.perf_counter()
@@ -371,21 +374,26 @@ def train_step(job: Job, batches: Iterator[Batch], step: int, wish: Wish) -> Ste
         assert batch.step == step, f"the loader is at step {batch.step}, the trainer at {step}"
         _name_bad(config.run_dir, batch)
         keys += batch.keys
-        losses = losses_of(job, batch, draws) * batch.weight
+        drawn = draws.of(batch.slots, device)
+        losses = losses_of(job, batch, drawn) * batch.weight
         job.engine.backward(losses.sum() * scale, last=micro == job.portions.accumulation - 1)
-        sums[:3] += torch.stack([losses.detach().sum(), batch.weight.sum(), batch.weight.new_tensor(len(batch.bad))])
+        sums[0] += losses.detach().sum()
+        sums[1] += batch.weight.sum()
+        sums[2] += len(batch.bad)
+        sums[LOSS_BINS] += by_timestep(drawn.t, losses.detach())
+        sums[COUNT_BINS] += by_timestep(drawn.t, batch.weight)
     job.watch.at(step, "updating the weights")
-    lr = learning_rate_at(config, step)
-    applied = job.engine.step(lr)
+    lr, look = learning_rate_at(config, step), look_at(job, step)
+    applied = job.engine.step(lr, look)
+    gradient = look.share() if look is not None and applied else None
     if not applied:
         append(config.run_dir / SKIPPED, [{"step": step + 1, "keys": [key for key in keys if key]}])
-    return StepResult(total(sums), job.engine.grad_norm, lr, applied, batch.bucket, waited)
+    return StepResult(total(sums), job.engine.grad_norm, gradient, lr, applied, batch.bucket, waited)
 
 
 def losses_of(job: Job, batch: Batch, draws: Draws) -> Tensor:
-    """Loss of each image of a micro-batch, shape (B,)."""
-    places = batch.slots.clamp(max=job.config.global_batch - 1)  # padding has weight 0: any draw will do
-    t, dropped = (drawn[places].to(job.world.device) for drawn in draws)
+    """Loss of each image of a micro-batch under its draws, shape (B,)."""
+    t, dropped = draws
     text = drop_text(batch.tensors, job.dataset.encoders, dropped, job.dataset.null)
     given = assemble(text, context_dim=job.config.model.context_dim, t5_length=job.dataset.t5_length)
     noisy_latents, velocity = interpolate(batch.tensors["latents"].float(), batch.noise, t)

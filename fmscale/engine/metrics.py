@@ -5,14 +5,28 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fmscale.engine.statistics import EDGES
 from fmscale.errors import UserError
 from fmscale.files import replace_text
+
+
+class Named(NamedTuple):
+    """Several numbers of one kind, such as the losses of all bins: an object in metrics.jsonl.
+
+    Attributes:
+        names: one for each.
+        values: shape (len(names),).
+    """
+
+    names: Sequence[str]
+    values: Tensor
 
 
 class MetricsLog:
@@ -25,12 +39,17 @@ class MetricsLog:
         first_step: the next step to be written; lines of that step or later, left by a run that went further before
             it died, are removed.
         tensorboard: write scalars there too.
+
+    Attributes:
+        last: the object of the last step that was done before, empty at the start of a run.
+        writer: TensorBoard's, or None.
     """
 
     def __init__(self, run_dir: Path, first_step: int, tensorboard: bool) -> None:
         self.path = run_dir / "metrics.jsonl"
         self.records: list[dict[str, Any]] = []
-        keep_before(self.path, first_step)
+        kept = keep_before(self.path, first_step)
+        self.last: dict[str, Any] = kept[-1] if kept else {}
         self.writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -38,7 +57,7 @@ class MetricsLog:
             self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def add(self, **record: Any) -> None:
-        """Take note of a step; values are numbers, texts, None or scalar tensors."""
+        """Take note of a step; values are numbers, texts, None, scalar tensors or `Named`."""
         self.records.append(record)
 
     def flush(self) -> list[dict[str, Any]]:
@@ -54,9 +73,38 @@ class MetricsLog:
         return records
 
     def _write_scalars(self, record: dict[str, Any]) -> None:
-        for key, value in record.items():
+        named = (
+            (f"{key}/{name}", one) for key, all in record.items() if isinstance(all, dict) for name, one in all.items()
+        )
+        for key, value in (*record.items(), *named):
             if key != "step" and isinstance(value, int | float):
                 self.writer.add_scalar(f"train/{key}", value, record["step"])  # type: ignore[union-attr]
+
+    def add_histogram(self, tag: str, sums: Sequence[float], step: int) -> None:
+        """Show TensorBoard how values are distributed, where it is in use.
+
+        Args:
+            tag: its name.
+            sums: a row of `Look.sums`.
+            step: that it is of.
+        """
+        squares, plain, *counts = sums
+        filled = [place for place, count in enumerate(counts) if count]
+        if self.writer is None or not filled:
+            return
+        bins = slice(filled[0], filled[-1] + 1)
+        limits = (*EDGES, sys.float_info.max)
+        self.writer.add_histogram_raw(
+            tag,
+            min=(-sys.float_info.max, *EDGES)[filled[0]],  # no closer than the bins are
+            max=limits[filled[-1]],
+            num=int(sum(counts)),
+            sum=plain,
+            sum_squares=squares,
+            bucket_limits=limits[bins],
+            bucket_counts=counts[bins],
+            global_step=step,
+        )
 
     def close(self) -> None:
         """Write what is left and let go of the files."""
@@ -66,6 +114,8 @@ class MetricsLog:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Named):
+        return dict(zip(value.names, map(_plain, value.values.tolist()), strict=True))
     if isinstance(value, Tensor):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON knows no NaN
@@ -82,11 +132,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: not what was written there ({error}); mend or remove it") from None
 
 
-def keep_before(path: Path, first_step: int) -> None:
-    """Keep only a file's lines before `first_step`; the file is replaced whole or not at all."""
+def keep_before(path: Path, first_step: int) -> list[dict[str, Any]]:
+    """Keep only a file's lines before `first_step`, and return them; the file is replaced whole or not at all."""
+    kept = [record for record in read_metrics(path) if record["step"] < first_step]
     if path.is_file():
-        kept = [record for record in read_metrics(path) if record["step"] < first_step]
         replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept
 
 
 def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

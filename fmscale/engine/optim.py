@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class AdamWEMA(torch.optim.AdamW):
     def __init__(self, params: Iterable[Any], *, ema_decays: Sequence[float] = (), **others: Any) -> None:
         super().__init__(params, fused=True, **others)
         self.ema_decays = tuple(ema_decays)
+        self.look: Callable[[Sequence[Tensor]], None] | None = None  # shown what is updated while it has its gradient
 
     def init_state(self, param: Tensor) -> None:
         """Give a parameter its state if it has none: zero moments, averages equal to the weights."""
@@ -69,6 +70,8 @@ class AdamWEMA(torch.optim.AdamW):
         updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for param in updated:
             self.init_state(param)
+        if self.look is not None:
+            self.look(updated)
         super().step()
         self.update_averages(updated)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -169,14 +169,20 @@ class Engine:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
         self.engine.backward(loss)
 
-    def step(self, lr: float) -> bool:
+    def step(self, lr: float, look: Callable[[dict[str, Tensor]], None] | None = None) -> bool:
         """Clip, update weights, moments and averages, and clear the gradients.
+
+        Args:
+            lr: learning rate.
+            look: is shown this rank's pieces of the clipped gradient by parameter, flat and fp32, one partition after
+                another; of a step that is not applied it sees nothing.
 
         Returns:
             False where a gradient was not finite on any rank: then nothing was changed anywhere.
         """
         for group in self.zero.param_groups:
             group["lr"] = lr
+        self.optimizer.look = None if look is None else lambda flats: look(self._gradients(flats))
         self.engine.step()
         return bool(self.engine.was_step_applied())
 
@@ -197,14 +203,23 @@ class Engine:
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank owns, parameter by parameter; the tensors are views, so writing to them restores state."""
-        locate = self._locate_stage3 if self.stage == 3 else self._locate_stage12
-        for name, param in zip(self.names, self.params, strict=True):
-            if (place := locate(param)) is None:
-                continue
-            flat, offset, length, start = place
+        for name, (flat, offset, length, start) in self._places():
             state = {key: value for key, value in self.optimizer.state[flat].items() if key in self._state_names}
             tensors = {key: value.narrow(0, offset, length) for key, value in {WEIGHT: flat.detach(), **state}.items()}
             yield Piece(name, start, tensors)
+
+    def _gradients(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What this rank owns of the gradients of these fp32 tensors, by parameter: views of them."""
+        wanted = {id(flat): flat.grad for flat in flats}
+        places = ((name, wanted.get(id(flat)), offset, length) for name, (flat, offset, length, _) in self._places())
+        return {name: grad.narrow(0, offset, length) for name, grad, offset, length in places if grad is not None}
+
+    def _places(self) -> Iterator[tuple[str, tuple[Tensor, int, int, int]]]:
+        """Parameter name, and (flat partition, offset in it, length, start in the parameter) of what this rank owns."""
+        locate = self._locate_stage3 if self.stage == 3 else self._locate_stage12
+        for name, param in zip(self.names, self.params, strict=True):
+            if (place := locate(param)) is not None:
+                yield name, place
 
     @property
     def _state_names(self) -> set[str]:
@@ -218,7 +233,7 @@ class Engine:
         return list(self.zero.single_partition_of_fp32_groups)
 
     def _locate_stage12(self, param: Any) -> tuple[Tensor, int, int, int] | None:
-        """(flat partition, offset in it, length, start in the parameter), or None where this rank owns nothing."""
+        """As in `_places`, or None where this rank owns nothing of the parameter."""
         mapping = param._hp_mapping
         if mapping is None:
             return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ NORM_EPS = 1e-6
 TIMESTEP_FEATURES = 256
 LONGEST_PERIOD = 10_000  # of the sinusoids, for time and position alike
 
+Row = TypeVar("Row")
 Initialiser = Callable[[Tensor, "torch.Generator | None"], object]
 
 
@@ -244,6 +245,11 @@ def initialise(model: nn.Module, table: Mapping[str, Initialiser], generator: to
         generator: source of the random draws, on the parameters' device; None is torch's own.
     """
     for name, parameter in model.named_parameters():
-        rows = [fill for pattern, fill in table.items() if re.fullmatch(pattern, name)]
-        assert len(rows) == 1, f"{name} fits {len(rows)} rows of the table of initialisers, not one"
-        rows[0](parameter, generator)
+        row_for(name, table)(parameter, generator)
+
+
+def row_for(name: str, table: Mapping[str, Row]) -> Row:
+    """The value of the one row of a table whose regular expression fits a whole parameter name."""
+    rows = [value for pattern, value in table.items() if re.fullmatch(pattern, name)]
+    assert len(rows) == 1, f"{name} fits {len(rows)} rows of the table, not one"
+    return rows[0]

@@ -50,6 +50,15 @@ INITIALISERS: dict[str, Initialiser] = {
     r"(?!proj_out)(?!.*modulation).*\.bias": zeros,
 }
 
+# Parameter name -> the part of the network that it belongs to, by which gradients and weights are reported.
+PARTS = {
+    r"(patch_embed|context_embed|timestep_mlp|pooled_mlp)\..*": "embeddings",
+    r".*\.modulation\..*": "modulation",
+    r"blocks\.\d+\.(image|text)\.(dual\.)?(qkv|out)\..*": "attention",
+    r"blocks\.\d+\.(image|text)\.mlp\..*": "mlp",
+    r"proj_out\..*": "output",
+}
+
 
 class Modulation(NamedTuple):
     """How the conditioning steers one residual branch: shift and scale going in, gate coming out; each (B, 1, D)."""

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from fmscale.distributed import World, world_from_environment
 from fmscale.engine.optim import AdamWEMA, ema_decay, ema_name, parameter_groups
+from fmscale.engine.statistics import Look
 from fmscale.engine.zero import WEIGHT, Engine, deepspeed_config, init_process_group
-from fmscale.models.mmdit import MMDiT
+from fmscale.models.layers import row_for
+from fmscale.models.mmdit import PARTS, MMDiT
 
 STEPS = 10
 GLOBAL_BATCH = 16
@@ -70,8 +72,11 @@ def loss_of(model: Any, images: tuple[Tensor, ...], dtype: torch.dtype) -> Tenso
     return (predicted.float() - velocity).square().mean(dim=(1, 2, 3)).sum()
 
 
-def plain(dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """fp32 weights and averages after a loop without DeepSpeed: master weights, autograd, torch's AdamW."""
+def plain(dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+    """fp32 weights and averages after a loop without DeepSpeed: master weights, autograd, torch's AdamW.
+
+    Also the norm of the last step's gradient before clipping, part by part of the network in alphabetical order.
+    """
     master, worker = make_model().to(dtype).float(), make_model().to(dtype)  # as DeepSpeed begins: rounded once
     optimizer = torch.optim.AdamW(parameter_groups(master, 0.1), **OPTIONS)
     averages = {decay: [p.detach().clone() for p in master.parameters()] for decay in DECAYS}
@@ -79,6 +84,7 @@ def plain(dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         (loss_of(worker, inputs(step), dtype) / GLOBAL_BATCH).backward()
         for ours, theirs in zip(master.parameters(), worker.parameters(), strict=True):
             ours.grad, theirs.grad = theirs.grad.float(), None
+        norms = norms_by_part(master)
         nn.utils.clip_grad_norm_(master.parameters(), CLIP_NORM)
         optimizer.step()
         for decay, average in averages.items():
@@ -90,7 +96,15 @@ def plain(dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     names = [name for name, _ in master.named_parameters()]
     found = {WEIGHT: list(master.parameters()), **{ema_name(decay): average for decay, average in averages.items()}}
     places = ((f"{kind}/{name}", value) for kind, all in found.items() for name, value in zip(names, all, strict=True))
-    return {place: value.detach() for place, value in places}
+    return {place: value.detach() for place, value in places}, norms
+
+
+def norms_by_part(model: nn.Module) -> Tensor:
+    """Of the gradient, gathered parameter by parameter."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        parts.setdefault(row_for(name, PARTS), []).append(parameter.grad.flatten())
+    return torch.stack([torch.cat(parts[part]).double().norm() for part in sorted(parts)])
 
 
 def make_engine(cell: Cell, world_size: int) -> Engine:
@@ -101,7 +115,9 @@ def make_engine(cell: Cell, world_size: int) -> Engine:
     return Engine(model, optimizer, deepspeed_config(cell.stage, cell.dtype, micro, CLIP_NORM))
 
 
-def train_step(engine: Engine, cell: Cell, world: World, step: int, poison: bool = False) -> bool:
+def train_step(
+    engine: Engine, cell: Cell, world: World, step: int, poison: bool = False, look: Look | None = None
+) -> bool:
     """One step over this rank's images; with poison, the last rank's loss is NaN. Whether it was applied."""
     micro = GLOBAL_BATCH // world.world_size // cell.accumulation
     for m in range(cell.accumulation):
@@ -111,15 +127,17 @@ def train_step(engine: Engine, cell: Cell, world: World, step: int, poison: bool
         if poison and world.rank == world.world_size - 1:
             loss = loss * float("nan")
         engine.backward(loss, last=m == cell.accumulation - 1)
-    return engine.step(OPTIONS["lr"])
+    return engine.step(OPTIONS["lr"], look)
 
 
-def sharded(cell: Cell, world: World) -> Engine:
-    """The engine after the same steps as the plain loop's."""
+def sharded(cell: Cell, world: World) -> tuple[Engine, Tensor]:
+    """The engine after the same steps as the plain loop's, and the norms of the last gradient's parts."""
     engine = make_engine(cell, world.world_size)
+    look = Look({name: row_for(name, PARTS) for name in engine.names}, world.device, histogram=True)
     for step in range(STEPS):
-        assert train_step(engine, cell, world, step)
-    return engine
+        assert train_step(engine, cell, world, step, look=look if step == STEPS - 1 else None)
+    assert look.share().sums[:, 2:].sum() == sum(parameter.numel() for parameter in make_model().parameters())
+    return engine, look.norms(engine.grad_norm)
 
 
 def drops_poison(cell: Cell, world: World) -> bool:
@@ -178,14 +196,15 @@ def main() -> None:
     world = world_from_environment()
     init_process_group(world)
     for dtype in DTYPES:
-        theirs = plain(DTYPES[dtype])
+        theirs, their_norms = plain(DTYPES[dtype])
         for stage, accumulation in itertools.product((1, 2, 3), (1, 4)):
             cell = Cell(stage, dtype, accumulation)
-            engine = sharded(cell, world)
+            engine, norms = sharded(cell, world)
             restored = look_through_averages(engine, cell)
             dropped = accumulation > 1 or drops_poison(cell, world)  # tried once for each stage and dtype
             ours = gather(engine)
             row = {"world": world.world_size, **cell._asdict(), "restored": restored, "dropped": dropped}
+            row["norms"] = float(((norms - their_norms) / their_norms).abs().max())
             row["weights"] = distance(ours, theirs, WEIGHT)
             row["averages"] = max(distance(ours, theirs, ema_name(decay)) for decay in DECAYS)
             if world.is_main:

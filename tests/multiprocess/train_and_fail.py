@@ -11,5 +11,5 @@ if __name__ == "__main__":
     def fail(*args: object) -> None:
         raise ValueError("an error that nobody expected")
 
-    training.step_record = fail
+    training.look_at = fail
     training.train(check(TrainConfig, json.loads(sys.argv[1]), "test"))

@@ -52,7 +52,7 @@ def test_a_rank_that_is_not_heard_of_ends_the_job_and_is_named(
     )
     assert found, said
     assert done - 50 <= int(found[1]) <= done + 50  # told once a second
-    assert "Traceback" not in said
+    assert "fmscale/train.py" not in said  # no traceback of ours; a reader whose rank was killed may print its own
     assert taken < 50
     others = {f"rank-{other:05d}.txt" for other in range(3) if other != rank}
     assert {path.name for path in (config.run_dir / STALLS).iterdir()} == others

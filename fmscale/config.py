@@ -179,6 +179,8 @@ class LogConfig(Section):
     """Show the numbers of each step as curves there."""
     histogram_every_steps: Positive | None = None
     """Steps between two histograms of weights and clipped gradients in TensorBoard; null is never."""
+    images_every_steps: Positive | None = None
+    """Steps between two sheets of images in RUN/samples and TensorBoard; null is never."""
 
     @model_validator(mode="after")
     def _histograms_have_a_place(self) -> LogConfig:

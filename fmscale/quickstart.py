@@ -31,8 +31,8 @@ from fmscale.engine.metrics import read_metrics
 from fmscale.errors import UserError
 from fmscale.export import export
 from fmscale.log import get_logger
+from fmscale.pictures import contact_sheet
 from fmscale.runs import open_run
-from fmscale.sample import contact_sheet
 from fmscale.train import train
 
 log = get_logger(__name__)

@@ -28,8 +28,8 @@ from fmscale.flow.coupling import NOISE_KEY
 from fmscale.flow.noise import draw_noise
 from fmscale.flow.solver import time_grid
 from fmscale.log import get_logger, progress
+from fmscale.pictures import sample_latents
 from fmscale.runs import Run, open_run
-from fmscale.sample import sample_latents
 
 log = get_logger(__name__)
 

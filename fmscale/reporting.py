@@ -16,6 +16,7 @@ from fmscale.distributed import World
 from fmscale.engine.metrics import MetricsLog, Named
 from fmscale.engine.statistics import Look
 from fmscale.engine.zero import WEIGHT
+from fmscale.gallery import SAMPLES, Gallery
 from fmscale.log import get_logger
 from fmscale.models import parts_of
 from fmscale.models.flops import FLOPS, peak_flops
@@ -93,6 +94,7 @@ class Reporter:
         self.skipped: int = self.metrics.last.get("skipped_steps", 0) if self.metrics else 0
         peak = peak_flops(device_names(job.world)[0], config.engine.dtype)
         self.peak = None if peak is None else peak * job.world.world_size
+        self.gallery = None if config.log.images_every_steps is None else Gallery(job)
 
     def take(self, result: StepResult, step: int, seconds: float) -> None:
         """Note a step, counted from 0, without waiting for the device."""
@@ -110,9 +112,16 @@ class Reporter:
             report(self.job.config, self.metrics.flush(), bar)
 
     def show(self, result: StepResult, done: int) -> None:
-        """Write histograms where they are due; every rank calls it after every step."""
-        if not due(self.job.config.log.histogram_every_steps, done):
-            return
+        """Write histograms and images where they are due; every rank calls it after every step."""
+        if due(self.job.config.log.histogram_every_steps, done):
+            self._show_histograms(result, done)
+        if self.gallery is not None and due(self.job.config.log.images_every_steps, done):
+            self.job.watch.at(done - 1, "drawing images")
+            sheet = self.gallery.draw()
+            if self.metrics is not None and sheet is not None:
+                self.metrics.add_image(SAMPLES, sheet, done)
+
+    def _show_histograms(self, result: StepResult, done: int) -> None:
         weights = Look(parts_of(self.job.config.model.family, self.job.engine.names), self.job.world.device, True)
         weights({piece.name: piece.tensors[WEIGHT] for piece in self.job.engine.pieces()})
         for kind, look in (("weights", weights.share()), ("gradients", result.gradient)):

@@ -16,24 +16,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from fmscale.batch import Conditioning
 from fmscale.distributed import world_from_environment
 from fmscale.encoders.text import ROLES, TextEncoders, assemble, load_text_encoders
-from fmscale.encoders.vae import Vae, load_vae
+from fmscale.encoders.vae import Vae, load_vae, reopen_vae
 from fmscale.errors import UserError
 from fmscale.flow.noise import draw_noise
-from fmscale.flow.solver import SOLVERS, Velocity, guide, time_grid
+from fmscale.flow.solver import time_grid
 from fmscale.log import get_logger
+from fmscale.pictures import contact_sheet, sample_latents, to_pixels
 from fmscale.runs import Run, open_run
 
 log = get_logger(__name__)
 EXPORT_NOTE = "fmscale.json"  # in an exported folder: what diffusers' own files have no place for
 PIPELINE_FOLDERS = {"clip_l": ("text_encoder", "tokenizer"), "clip_g": ("text_encoder_2", "tokenizer_2")}
 PIPELINE_FOLDERS["t5"] = ("text_encoder_3", "tokenizer_3")
-CAPTION_PX = 12
 PICTURES = (".png", ".jpg", ".webp")
 
 
@@ -94,52 +93,7 @@ class Generator:
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Images of latents (B, C, H, W): shape (B, height, width, 3), uint8."""
-        images = self.vae.decode(latents).float().add(1).mul(127.5).round().clamp(0, 255)
-        return images.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
-
-
-def velocity_of(model: nn.Module, conditioning: Conditioning) -> Velocity:
-    """The network's velocity for fixed text, in float32, without gradients."""
-
-    @torch.no_grad()
-    def velocity(noisy_latents: Tensor, t: Tensor) -> Tensor:
-        return model(noisy_latents, t, conditioning.context, conditioning.pooled, conditioning.repeats).float()
-
-    return velocity
-
-
-def sample_latents(
-    model: nn.Module,
-    noise: Tensor,
-    times: Sequence[float],
-    conditioning: Conditioning,
-    unconditional: Conditioning | None = None,
-    guidance_scale: float = 1.0,
-    solver: str = "euler",
-) -> Tensor:
-    """Solve the learned ODE from noise to latents.
-
-    Args:
-        model: noisy latents to velocity.
-        noise: shape (B, C, H, W), float32.
-        times: falling from 1 to 0, as `time_grid` gives them, or a scheduler's sigmas.
-        conditioning: of the prompts.
-        unconditional: of what guidance leads away from; None means no guidance.
-        guidance_scale: 1 is no guidance.
-        solver: row of `SOLVERS`.
-
-    Returns:
-        Latents, shape of `noise`, float32.
-
-    Raises:
-        UserError: no such solver.
-    """
-    if solver not in SOLVERS:
-        raise UserError(f"solver: {solver!r} is none of {', '.join(SOLVERS)}")
-    velocity = velocity_of(model, conditioning)
-    if unconditional is not None and guidance_scale != 1.0:
-        velocity = guide(velocity, velocity_of(model, unconditional), guidance_scale)
-    return SOLVERS[solver](velocity, noise, times)
+        return to_pixels(self.vae.decode(latents))
 
 
 def sample_command(args: argparse.Namespace) -> None:
@@ -260,13 +214,7 @@ def load_frozen(
     made_by = run.made_by
     if not (folder := Path(vae or made_by["vae"]["path"])).is_dir():
         raise UserError(f"{folder}: the VAE that made the dataset is no longer there; give its folder: --vae DIR")
-    loaded = load_vae(folder, device)
-    given, needed = loaded.identity(), made_by["vae"]
-    if wrong := [key for key in ("channels", "factor", "scale", "shift") if given[key] != needed[key]]:
-        facts = ", ".join(f"{key} {given[key]} instead of {needed[key]}" for key in wrong)
-        raise UserError(f"{vae or needed['path']}: not the VAE that made the dataset: {facts}")
-    if given["sha256"] != needed["sha256"]:
-        log.warning("the VAE's weights are not those that made the dataset: right for a finetuned decoder, else wrong")
+    loaded = reopen_vae(folder, made_by["vae"], device)
     sources = {role: made["source"] for role, made in made_by["text"].items()}
     for role, given_folder in text_encoders.items():
         sources[role] = _moved(Path(given_folder), sources.get(role, {}))
@@ -341,41 +289,3 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     for file in weight_files(folder, "diffusion_pytorch_model"):
         state |= load_file(file)
     return state
-
-
-def contact_sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns: int) -> Image.Image:
-    """Images in rows, each with its caption under it.
-
-    Args:
-        images: each (height, width, 3), uint8.
-        captions: one for each.
-        columns: images in a row.
-    """
-    font = ImageFont.load_default(CAPTION_PX)
-    texts = [_wrap(caption, font, image.shape[1]) for image, caption in zip(images, captions, strict=True)]
-    heights = [
-        image.shape[0] + 8 + (text.count("\n") + 1) * (CAPTION_PX + 3)
-        for image, text in zip(images, texts, strict=True)
-    ]
-    row_heights = [max(heights[start : start + columns]) for start in range(0, len(images), columns)]
-    cell_width = max(image.shape[1] for image in images) + 8
-    sheet = Image.new("RGB", (cell_width * min(columns, len(images)), sum(row_heights)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for place, (image, text) in enumerate(zip(images, texts, strict=True)):
-        row, column = divmod(place, columns)
-        left, top = column * cell_width + 4, sum(row_heights[:row]) + 4
-        sheet.paste(Image.fromarray(image), (left, top))
-        draw.multiline_text((left, top + image.shape[0] + 2), text, fill="black", font=font, spacing=2)
-    return sheet
-
-
-def _wrap(caption: str, font: Any, width_px: int) -> str:
-    """Break a caption into lines that are no wider than an image, where its words allow."""
-    lines = [""]
-    for word in caption.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width_px:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)

@@ -37,6 +37,7 @@ from fmscale.engine.zero import Engine, deepspeed_config, init_process_group
 from fmscale.errors import OutageError, UserError
 from fmscale.flow.loss import velocity_mse
 from fmscale.flow.path import interpolate
+from fmscale.gallery import check_gallery
 from fmscale.log import get_logger, progress
 from fmscale.reporting import COUNT_BINS, LOSS_BINS, SUMS, Reporter, announce, by_timestep, device_names, look_at
 from fmscale.runs import DATASET, build_model, check_run_dir, checkpoints_dir, start_run_dir
@@ -131,6 +132,7 @@ def check_setup(config: TrainConfig, world_size: int, allowed: Allowed = STRICT)
         UserError: says which key and which fact of dataset, model, checkpoint or run directory disagree.
     """
     dataset = open_dataset(config, allowed.pipe)
+    check_gallery(config, dataset)
     engine_settings(config, split(config.global_batch, world_size, config.micro_batch).micro_batch)
     with torch.device("meta"):
         shapes = {name: tuple(weight.shape) for name, weight in build_model(config).named_parameters()}

@@ -5,6 +5,7 @@ Latents are the posterior's, moved and scaled so that they have about zero mean 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,9 @@ from torch import Tensor
 from fmscale.encoders.weights import load_pretrained, read_config, weight_files
 from fmscale.errors import UserError
 from fmscale.files import sha256
+from fmscale.log import get_logger
+
+log = get_logger(__name__)
 
 
 class Vae:
@@ -115,3 +119,24 @@ def load_vae(folder: Path | str, device: torch.device | str = "cpu", dtype: torc
     if info["missing_keys"]:
         raise UserError(f"{folder}: the weights lack {info['missing_keys'][0]}; download the model again")
     return Vae(model.to(device), files)
+
+
+def reopen_vae(folder: Path, made: Mapping[str, Any], device: torch.device | str = "cpu") -> Vae:
+    """The VAE that made a dataset.
+
+    Args:
+        folder: where it is now.
+        made: its `identity` when the dataset was made.
+        device: where it computes.
+
+    Raises:
+        UserError: it is another one.
+    """
+    vae = load_vae(folder, device)
+    given = vae.identity()
+    if wrong := [key for key in ("channels", "factor", "scale", "shift") if given[key] != made[key]]:
+        facts = ", ".join(f"{key} {given[key]} instead of {made[key]}" for key in wrong)
+        raise UserError(f"{folder}: not the VAE that made the dataset: {facts}")
+    if given["sha256"] != made["sha256"]:
+        log.warning("the VAE's weights are not those that made the dataset: right for a finetuned decoder, else wrong")
+    return vae

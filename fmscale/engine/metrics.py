@@ -8,13 +8,20 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from fmscale.engine.statistics import EDGES
 from fmscale.errors import UserError
 from fmscale.files import replace_text
+from fmscale.log import get_logger
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = get_logger(__name__)
 
 
 class Named(NamedTuple):
@@ -105,6 +112,20 @@ class MetricsLog:
             bucket_counts=counts[bins],
             global_step=step,
         )
+
+    def add_image(self, folder: str, image: Image.Image, step: int) -> None:
+        """Keep a picture as `folder`/step-XXXXXXXX.png in the run directory, and show it in TensorBoard too.
+
+        A disk that fails is reported, and the run goes on.
+        """
+        path = self.path.parent / folder / f"step-{step:08d}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            image.save(path)
+        except OSError as error:
+            log.error("%s: cannot be written (%s); the run goes on", path, error.strerror or error)
+        if self.writer is not None:
+            self.writer.add_image(folder, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
         """Write what is left and let go of the files."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fmscale import digits
 from fmscale.cli import main
@@ -20,12 +21,14 @@ from fmscale.data.index_build import build_index
 from fmscale.data.shards import ShardWriter
 from fmscale.encode import encode
 from fmscale.encoders.text import expand
+from fmscale.engine.metrics import read_metrics
 from fmscale.errors import UserError
 from fmscale.export import export
+from fmscale.pictures import sample_latents
 from fmscale.quickstart import write_encoders, write_train_config
 from fmscale.reflow import reflow
 from fmscale.runs import open_run
-from fmscale.sample import open_generator, sample_latents
+from fmscale.sample import open_generator
 from fmscale.train import train
 
 
@@ -84,6 +87,45 @@ def test_the_pipeline_draws_the_same_latents(chain: Path) -> None:
         assert torch.allclose(given.pooled, embeddings[2], atol=1e-5)
         ours = sample_latents(generator.model, noise, visited, given, nothing, 3.0)
         assert (ours - theirs).abs().max().item() <= 1e-4
+
+
+def test_a_run_shows_what_it_draws(chain: Path, tmp_path: Path) -> None:
+    """One rank or two, under any stage, the same images of the averaged weights; and the training is none the wiser."""
+    shows = {
+        "one": ["engine.zero_stage=1", "log.images_every_steps=2"],
+        "again": ["engine.zero_stage=2", "log.images_every_steps=4"],
+        "two": ["engine.zero_stage=3", "log.images_every_steps=2", "--nproc=2"],
+        "none": ["engine.zero_stage=1"],
+    }
+    losses = {}
+    for name, settings in shows.items():
+        common = [f"run_dir={tmp_path / name}", "steps=4", "micro_batch=4", "log.tensorboard=true"]
+        assert main(["train", str(chain / "run" / "config.yaml"), *common, *settings]) == 0
+        losses[name] = [record["loss"] for record in read_metrics(tmp_path / name / "metrics.jsonl")]
+    assert losses["one"] == losses["none"]
+    assert losses["two"] == pytest.approx(losses["none"], rel=1e-6)
+    sheets = {name: sorted((tmp_path / name / "samples").glob("*.png")) for name in ("one", "again", "two")}
+    assert [path.name for path in sheets["one"]] == ["step-00000002.png", "step-00000004.png"]
+    first, last = (np.asarray(Image.open(path)).astype(int) for path in sheets["one"])
+    assert first.shape[1] == 4 * (64 + 8)
+    assert (first != last).any()
+    for other in (sheets["again"][0], sheets["two"][1]):
+        assert np.abs(np.asarray(Image.open(other)).astype(int) - last).max() <= 1
+    assert not (tmp_path / "none" / "samples").exists()
+    events = EventAccumulator(str(tmp_path / "two" / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert [event.step for event in events.Images("samples")] == [2, 4]
+
+
+def test_images_without_the_vae_are_refused(chain: Path, tmp_path: Path) -> None:
+    latents = Path(shutil.copytree(chain / "latents", tmp_path / "latents"))
+    made_by = Index.open(latents).made_by
+    assert made_by is not None
+    build_index(latents, {**made_by, "vae": {**made_by["vae"], "path": "/moved/vae"}})
+    overrides = [f"run_dir={tmp_path / 'run'}", f"data.path={latents}", "log.images_every_steps=1"]
+    with pytest.raises(UserError, match=r"log\.images_every_steps: the VAE that made .* is no longer at /moved/vae"):
+        train(load(TrainConfig, chain / "train.yaml", overrides))
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_vae_is_refused(chain: Path, tmp_path: Path) -> None:

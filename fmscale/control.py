@@ -89,7 +89,7 @@ class Delayed:
     def __init__(self) -> None:
         self._waiting: tuple[Tensor, torch.cuda.Event | None] | None = None
 
-    def exchange(self, values: Tensor) -> list[float] | None:
+    def exchange(self, values: Tensor) -> Tensor | None:
         """Hand in this step's vector; returns the one of the step before, None at first."""
         before, self._waiting = self._waiting, _to_host(values)
         return _read(before)
@@ -102,13 +102,13 @@ def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     return host, torch.cuda.current_stream(values.device).record_event()
 
 
-def _read(waiting: tuple[Tensor, torch.cuda.Event | None] | None) -> list[float] | None:
+def _read(waiting: tuple[Tensor, torch.cuda.Event | None] | None) -> Tensor | None:
     if waiting is None:
         return None
     host, arrived = waiting
     if arrived is not None:
         arrived.synchronize()
-    return host.tolist()
+    return host
 
 
 def outlive_signals(worker: int) -> None:

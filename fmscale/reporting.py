@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from fmscale.config import TrainConfig
 from fmscale.distributed import World
@@ -17,9 +16,11 @@ from fmscale.engine.metrics import MetricsLog, Named
 from fmscale.engine.statistics import Look
 from fmscale.engine.zero import WEIGHT
 from fmscale.gallery import SAMPLES, Gallery
+from fmscale.guards import slow_ranks
 from fmscale.log import get_logger
 from fmscale.models import parts_of
 from fmscale.models.flops import FLOPS, peak_flops
+from fmscale.tally import BINS, Tally
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
     from fmscale.train import Job, StepResult
 
 log = get_logger(__name__)
-BINS = 10  # equal parts of t's range
-LOSS_BINS, COUNT_BINS = slice(5, 5 + BINS), slice(5 + BINS, 5 + 2 * BINS)  # their places in `StepResult.sums`
-SUMS = 5 + 2 * BINS
+ENOUGH_STEPS = 10  # whose times tell a slow rank from an accident
 BIN_NAMES = tuple(f"{i / BINS:g}-{(i + 1) / BINS:g}" for i in range(BINS))
 
 
@@ -51,20 +50,6 @@ def announce(job: Job, start: int) -> None:
         f", {padding} slots empty" if padding else "",
     )
     log.info("run      %s, steps %d to %d", config.run_dir, start, config.steps)
-
-
-def by_timestep(t: Tensor, values: Tensor) -> Tensor:
-    """Sums of what belongs to each bin of t.
-
-    Args:
-        t: shape (B,), in [0, 1].
-        values: shape (B,).
-
-    Returns:
-        Shape (BINS,). A value that is not finite spoils its own bin alone.
-    """
-    bins = (t * BINS).long().clamp(max=BINS - 1)
-    return torch.where(bins[:, None] == torch.arange(BINS, device=t.device), values[:, None], 0).sum(dim=0)
 
 
 def due(every: int | None, done: int) -> bool:
@@ -95,9 +80,13 @@ class Reporter:
         peak = peak_flops(device_names(job.world)[0], config.engine.dtype)
         self.peak = None if peak is None else peak * job.world.world_size
         self.gallery = None if config.log.images_every_steps is None else Gallery(job)
+        self.times: list[list[float]] = []
+        self.slow: dict[int, float] = {}
 
-    def take(self, result: StepResult, step: int, seconds: float) -> None:
-        """Note a step, counted from 0, without waiting for the device."""
+    def take(self, result: StepResult, told: Tally | None, step: int, seconds: float) -> None:
+        """Note a step, counted from 0, without waiting for the device, and what ranks told in the one before."""
+        if told is not None:
+            self.times.append(told.seconds.tolist())
         if self.metrics is not None:
             self.skipped += not result.applied
             job = self.job
@@ -110,6 +99,19 @@ class Reporter:
         """Write the steps that were noted, and show where the run is."""
         if self.metrics is not None:
             report(self.job.config, self.metrics.flush(), bar)
+            self._name_slow()
+
+    def _name_slow(self) -> None:
+        """Say which ranks the others wait for, when these are not the same as before."""
+        if len(self.times) < ENOUGH_STEPS:
+            return
+        slow = slow_ranks(self.times)
+        self.times.clear()
+        for rank in slow.keys() - self.slow.keys():
+            log.warning("rank %d is slow: it takes %.1f times as long as ranks do by the median", rank, slow[rank])
+        for rank in self.slow.keys() - slow.keys():
+            log.info("rank %d is as fast as the others again", rank)
+        self.slow = slow
 
     def show(self, result: StepResult, done: int) -> None:
         """Write histograms and images where they are due; every rank calls it after every step."""
@@ -137,19 +139,20 @@ class Reporter:
 
 def step_record(config: TrainConfig, result: StepResult, step: int) -> dict[str, Any]:
     """What a step, counted from 0, did: the first half of its object in metrics.jsonl."""
-    sums, gradient = result.sums, result.gradient
+    tally, gradient = result.tally, result.gradient
     return {
         "step": step + 1,
         "images_seen": (step + 1) * config.global_batch,
         "phase": 0,
         "bucket": f"{result.bucket[0]}x{result.bucket[1]}",
-        "loss": sums[0] / sums[1],
-        "loss_by_t": Named(BIN_NAMES, sums[LOSS_BINS] / sums[COUNT_BINS]),
+        "loss": tally.loss / tally.images,
+        "loss_by_t": Named(BIN_NAMES, tally.loss_by_t / tally.images_by_t),
+        "loss_ratio": result.loss_ratio,
         "grad_norm": result.grad_norm,
         "grad_norms": None if gradient is None else Named(gradient.names, gradient.norms(result.grad_norm)),
         "lr": result.lr,
         "applied": result.applied,
-        "bad_samples": sums[2].int(),
+        "bad_samples": tally.bad.int(),
         "data_wait_s": result.data_wait_s,
     }
 
@@ -193,7 +196,7 @@ def report(config: TrainConfig, records: Sequence[Mapping[str, Any]], bar: Progr
     """Show where the run is: on the bar, or as a line where the output is no terminal."""
     for record in records:
         if not record["applied"]:
-            log.warning("step %d: a gradient was not finite, so nothing was updated", record["step"])
+            log.warning("step %d: %s, so nothing was updated", record["step"], why_dropped(config, record))
     last = records[-1]
     loss = float("nan") if last["loss"] is None else last["loss"]
     task = bar.tasks[0]
@@ -202,6 +205,14 @@ def report(config: TrainConfig, records: Sequence[Mapping[str, Any]], bar: Progr
         left = "" if task.time_remaining is None else f" · {timedelta(seconds=int(task.time_remaining))} left"
         shown = (last["step"], config.steps, loss, last["images_per_s"], left)
         log.info("step %d of %d · loss %.4f · %.1f images/s%s", *shown)
+
+
+def why_dropped(config: TrainConfig, record: Mapping[str, Any]) -> str:
+    """What was wrong with a step that was not applied, from its object in metrics.jsonl."""
+    limit, ratio = config.guard.max_loss_ratio, record["loss_ratio"]
+    if limit is not None and ratio is not None and ratio > limit:
+        return f"its loss was {ratio:.1f} times what its timesteps cost as a rule"
+    return "a gradient was not finite"
 
 
 def device_names(world: World) -> list[str]:

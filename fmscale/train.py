@@ -24,7 +24,7 @@ from fmscale.control import Delayed, Requests, Wish, outlive_signals, release_re
 from fmscale.data.loader import build_loader
 from fmscale.data.order import Split, split
 from fmscale.dataset import Dataset, go_on, open_dataset, read_shards
-from fmscale.distributed import World, barrier, same_everywhere, total, world_from_environment
+from fmscale.distributed import World, barrier, same_everywhere, world_from_environment
 from fmscale.draws import Draws, draw_noise, draw_step, drop_text
 from fmscale.encoders.text import assemble
 from fmscale.engine import checkpoint as checkpoints
@@ -38,9 +38,11 @@ from fmscale.errors import OutageError, UserError
 from fmscale.flow.loss import velocity_mse
 from fmscale.flow.path import interpolate
 from fmscale.gallery import check_gallery
+from fmscale.guards import LossGuard, Stopwatch
 from fmscale.log import get_logger, progress
-from fmscale.reporting import COUNT_BINS, LOSS_BINS, SUMS, Reporter, announce, by_timestep, device_names, look_at
+from fmscale.reporting import Reporter, announce, device_names, look_at
 from fmscale.runs import DATASET, build_model, check_run_dir, checkpoints_dir, start_run_dir
+from fmscale.tally import BINS, Tally
 from fmscale.watchdog import Limits, Watchdog, cut_off
 
 log = get_logger(__name__)
@@ -77,6 +79,8 @@ class Job(NamedTuple):
         portions: how a global batch falls to ranks and micro-batches.
         saver: writes its checkpoints.
         watch: is told where this rank is.
+        guard: drops steps whose loss leaps.
+        stopwatch: times this rank's own part of each step.
     """
 
     config: TrainConfig
@@ -86,6 +90,8 @@ class Job(NamedTuple):
     portions: Split
     saver: Saver
     watch: Watchdog
+    guard: LossGuard
+    stopwatch: Stopwatch
 
 
 def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
@@ -109,7 +115,8 @@ def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
             f"data: the ranks found different indices in {dataset.mixture.name}; start again when it is whole"
         )
     engine = build_engine(config, world.device, portions.micro_batch)
-    start, dataset = resume(config, dataset, engine, world, allowed)
+    guard = LossGuard(BINS, config.guard.max_loss_ratio, world.device)
+    start, dataset = resume(config, dataset, engine, guard, world, allowed)
     if world.is_main:
         start_run_dir(config, device_names(world), shards_seen(config, dataset))
     retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_steps)
@@ -117,7 +124,8 @@ def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
     limits = Limits(config.guard.silent_s, config.guard.stalled_s)
     try:
         with Watchdog(world, config.run_dir, limits) as watch:
-            loop(Job(config, dataset.to(world.device), engine, world, portions, saver, watch), start)
+            tools = saver, watch, guard, Stopwatch(world.device)
+            loop(Job(config, dataset.to(world.device), engine, world, portions, *tools), start)
     except BaseException as error:
         release_readers()  # else they would hold this process up for a minute
         if isinstance(error, RuntimeError) and cut_off(str(error)):
@@ -206,7 +214,7 @@ def engine_settings(config: TrainConfig, micro_batch: int) -> dict[str, Any]:
 
 
 def resume(
-    config: TrainConfig, dataset: Dataset, engine: Engine, world: World, allowed: Allowed
+    config: TrainConfig, dataset: Dataset, engine: Engine, guard: LossGuard, world: World, allowed: Allowed
 ) -> tuple[int, Dataset]:
     """Restore the newest sound checkpoint, if there is one.
 
@@ -221,6 +229,7 @@ def resume(
         return 0, dataset
     dataset = check_checkpoint(config, dataset, found, engine.shapes, allowed)
     load(engine, found)
+    guard.restore(found.index["description"]["loss_guard"])
     if world.is_main:
         checkpoints.set_aside_after(found)
     log.info("resumed %s", found.path)
@@ -281,11 +290,13 @@ def loop(job: Job, start: int) -> None:
             began = time.perf_counter()
             result = train_step(job, batches, step, requests.heard())
             done = step + 1
-            bad += result.sums[2]
-            wish = Wish(*map(bool, (agreed.exchange(result.sums[3:5]) or (0, 0))))
+            bad += result.tally.bad
+            told = agreed.exchange(result.tally.values)
+            before = None if told is None else Tally(told)
+            wish = Wish() if before is None else before.wish
             saving = any(wish) or done == config.steps or done % config.checkpoint.every_steps == 0
             logging = saving or done % config.log.every_steps == 0
-            reporter.take(result, step, time.perf_counter() - began)
+            reporter.take(result, before, step, time.perf_counter() - began)
             if logging:
                 reporter.flush(bar)
                 check_damage(config, int(bad), (done - start) * config.global_batch)
@@ -333,18 +344,18 @@ class StepResult(NamedTuple):
     """What a step leaves for the log.
 
     Attributes:
-        sums: over all ranks: loss of the images, images that counted, damaged samples, how many ranks were asked to
-            stop, and to save; then by bin of t the loss and the count of images, at `LOSS_BINS` and `COUNT_BINS`;
-            shape (SUMS,).
+        tally: over all ranks.
+        loss_ratio: loss over what its timesteps cost as a rule, NaN while that is not known; shape ().
         grad_norm: before clipping.
         gradient: what it is like, part by part, in steps that are to tell.
         lr: learning rate.
-        applied: False where a gradient was not finite, so that nothing was changed.
+        applied: False where a gradient was not finite or the loss leapt, so that nothing was changed.
         bucket: latent (height, width).
         data_wait_s: time spent waiting for the loader.
     """
 
-    sums: Tensor
+    tally: Tally
+    loss_ratio: Tensor
     grad_norm: float | Tensor
     gradient: Look | None
     lr: float
@@ -361,36 +372,53 @@ def train_step(job: Job, batches: Iterator[Batch], step: int, wish: Wish) -> Ste
     """
     config, device = job.config, job.world.device
     job.watch.at(step, "starting a step")
+    job.stopwatch.start()
     draws = draw_step(config, step, len(job.dataset.encoders))
     scale = job.world.world_size / config.global_batch  # ranks' gradients are averaged
-    sums = torch.zeros(SUMS)
-    sums[3:5] = torch.tensor([float(asked) for asked in wish])
-    sums = sums.to(device, non_blocking=True)
+    tally, ratio = Tally.begin(job.world, wish), torch.empty(())
     waited, keys = 0.0, list[str]()
     for micro in range(job.portions.accumulation):
-        asked = time.perf_counter()
-        job.watch.at(step, "waiting for data")
-        batch = next(batches)
-        waited += time.perf_counter() - asked
-        job.watch.at(step, "in a micro-batch")
-        assert batch.step == step, f"the loader is at step {batch.step}, the trainer at {step}"
-        _name_bad(config.run_dir, batch)
-        keys += batch.keys
+        batch, seconds = next_batch(job, batches, step)
+        waited, keys = waited + seconds, keys + list(batch.keys)
         drawn = draws.of(batch.slots, device)
         losses = losses_of(job, batch, drawn) * batch.weight
-        job.engine.backward(losses.sum() * scale, last=micro == job.portions.accumulation - 1)
-        sums[0] += losses.detach().sum()
-        sums[1] += batch.weight.sum()
-        sums[2] += len(batch.bad)
-        sums[LOSS_BINS] += by_timestep(drawn.t, losses.detach())
-        sums[COUNT_BINS] += by_timestep(drawn.t, batch.weight)
+        tally.add(losses.detach(), drawn.t, batch)
+        loss, last = losses.sum() * scale, micro == job.portions.accumulation - 1
+        if last:
+            ratio, factor = agree(job, tally)
+            loss = loss * factor
+        job.engine.backward(loss, last)
     job.watch.at(step, "updating the weights")
     lr, look = learning_rate_at(config, step), look_at(job, step)
     applied = job.engine.step(lr, look)
     gradient = look.share() if look is not None and applied else None
     if not applied:
         append(config.run_dir / SKIPPED, [{"step": step + 1, "keys": [key for key in keys if key]}])
-    return StepResult(total(sums), job.engine.grad_norm, gradient, lr, applied, batch.bucket, waited)
+    return StepResult(tally, ratio, job.engine.grad_norm, gradient, lr, applied, batch.bucket, waited)
+
+
+def next_batch(job: Job, batches: Iterator[Batch], step: int) -> tuple[Batch, float]:
+    """The next micro-batch, whose damaged samples are named, and the seconds that it was waited for."""
+    job.watch.at(step, "waiting for data")
+    asked = time.perf_counter()
+    batch = next(batches)
+    waited = time.perf_counter() - asked
+    job.watch.at(step, "in a micro-batch")
+    assert batch.step == step, f"the loader is at step {batch.step}, the trainer at {step}"
+    _name_bad(job.config.run_dir, batch)
+    return batch, waited
+
+
+def agree(job: Job, tally: Tally) -> tuple[Tensor, Tensor]:
+    """Sum the step's tally over ranks, before its last backward pass, and judge the loss.
+
+    Returns:
+        The loss over what was expected; and a factor for the loss, 1 or NaN, the same on every rank. NaN makes every
+        gradient NaN, and a step whose gradient is not finite is dropped everywhere: nobody waits to be told.
+    """
+    tally.seconds[job.world.rank] = job.stopwatch.stop()
+    tally.share()
+    return job.guard.judge(tally.loss_by_t, tally.images_by_t)
 
 
 def losses_of(job: Job, batch: Batch, draws: Draws) -> Tensor:
@@ -449,6 +477,7 @@ def save(job: Job, done: int) -> None:
             "config": config.model_dump(mode="json"),
             "dataset": job.dataset.identity(),
             "null": config.conditioning.null,
+            "loss_guard": job.guard.state(),
         },
     )
 

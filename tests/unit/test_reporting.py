@@ -17,7 +17,8 @@ from fmscale.config import TrainConfig
 from fmscale.draws import draw_step
 from fmscale.engine.metrics import read_metrics
 from fmscale.errors import UserError
-from fmscale.reporting import BIN_NAMES, BINS, by_timestep, speed
+from fmscale.reporting import BIN_NAMES, speed
+from fmscale.tally import BINS, by_timestep
 from fmscale.train import train
 
 Make = Callable[..., TrainConfig]

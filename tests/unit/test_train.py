@@ -25,6 +25,7 @@ from fmscale.encoders.null import load_null, save_null
 from fmscale.engine import checkpoint as checkpoints
 from fmscale.engine.metrics import read_metrics
 from fmscale.errors import OutageError, UserError
+from fmscale.guards import SETTLED_STEPS
 from fmscale.train import STRICT, Allowed, train
 
 Make = Callable[..., TrainConfig]
@@ -363,3 +364,31 @@ class TestSkippedSteps:
         poison.update((0, 1))
         with pytest.raises(UserError, match=r"max_skipped_steps: no gradient of the last 2 .*there is no checkpoint"):
             train(make_config(tmp_path / "run", *self.SETTINGS, "checkpoint.every_steps=50"))
+
+
+def test_a_loss_that_leaps_is_dropped_and_the_medians_go_on_with_the_run(
+    tmp_path: Path, make_config: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses, leaping = training.losses_of, SETTLED_STEPS + 5
+
+    def leap(job: training.Job, batch: Batch, draws: Draws) -> torch.Tensor:
+        return losses(job, batch, draws) * (50 if batch.step == leaping else 1)
+
+    monkeypatch.setattr(training, "losses_of", leap)
+    settings = ("global_batch=8", "micro_batch=8", "log.every_steps=5", "checkpoint.every_steps=60")
+    whole = make_config(tmp_path / "whole", *settings, f"steps={leaping + 3}")
+    train(whole)
+    cut = tmp_path / "cut"
+    train(make_config(cut, *settings, "steps=60"))
+    train(make_config(cut, *settings, f"steps={leaping + 3}"), Allowed(config_change=True))
+    for run_dir in (whole.run_dir, cut):
+        records = read_metrics(run_dir / "metrics.jsonl")
+        assert [record["step"] for record in records if not record["applied"]] == [leaping + 1]
+        assert records[leaping]["loss_ratio"] > 20
+    keys = ("loss", "loss_ratio", "grad_norm")
+    first, second = (
+        [[record[key] for key in keys] for record in read_metrics(run_dir / "metrics.jsonl")]
+        for run_dir in (whole.run_dir, cut)
+    )
+    assert first == second
+    assert re.search(rf"step {leaping + 1}: its loss was \d+\.\d times what its timesteps cost as a rule", caplog.text)

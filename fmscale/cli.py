@@ -252,7 +252,11 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _weights_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of a run (the newest)")
-    parser.add_argument("--weights", choices=("ema", "raw"), help="of a run (ema)")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--weights", choices=("ema", "raw"), help="of a run (ema)")
+    weights.add_argument(
+        "--ema-std", type=_width, metavar="S", help="average over this relative width, made from a run's snapshots"
+    )
     parser.add_argument(
         "--vae", metavar="DIR", help="AutoencoderKL folder, where it is no longer where encode found it"
     )
@@ -310,6 +314,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, given {text}")
     return int(text)
+
+
+def _width(text: str) -> float:
+    value = _finite(text)
+    if not 0 < value < 0.28:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 0.28, given {text}")
+    return value
 
 
 def _finite(text: str) -> float:

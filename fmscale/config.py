@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -17,11 +16,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fmscale.errors import UserError
+from fmscale.plain_yaml import parse_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
+Width = Annotated[float, Field(gt=0, lt=0.28)]
 Place = Annotated[str, Field(min_length=1)]
 
 
@@ -118,7 +119,7 @@ class OptimizerConfig(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Applied to matrices; biases and norms have none."""
+    """Applied to matrices; biases, norms and tables of embeddings have none."""
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 does not clip."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -131,11 +132,20 @@ class OptimizerConfig(Section):
 class EmaConfig(Section):
     decays: tuple[Decay, ...] = (0.9999,)
     """One averaged copy of the weights for each; the first is the one that is sampled and exported."""
+    warmup: bool = True
+    """The decay at update n is at most (1 + n) / (10 + n), so that the first weights are soon forgotten."""
+    sigma_rels: tuple[Width, ...] = ()
+    """One more copy for each, averaged over a constant share of the time trained: the relative width of a power
+    function (arXiv:2312.02696). Where `decays` is empty, the first of these is sampled and exported."""
+    snapshot_every_steps: Positive | None = None
+    """Copies by `sigma_rels` are kept for ever at so many steps: `export --ema-std` makes any other width from them."""
 
     @model_validator(mode="after")
-    def _all_differ(self) -> EmaConfig:
-        if len(set(self.decays)) < len(self.decays):
-            raise ValueError("each decay must stand once")
+    def _fit(self) -> EmaConfig:
+        if any(len(set(values)) < len(values) for values in (self.decays, self.sigma_rels)):
+            raise ValueError("each of `decays` and of `sigma_rels` must stand once")
+        if self.snapshot_every_steps is not None and not self.sigma_rels:
+            raise ValueError("`snapshot_every_steps` keeps what `sigma_rels` averages; give those too: [0.05, 0.1]")
         return self
 
 
@@ -292,54 +302,6 @@ class ReflowConfig(Section):
 
 ConfigType = TypeVar("ConfigType", bound=Section)
 CONFIGS: dict[str, type[Section]] = {"train": TrainConfig, "encode": EncodeConfig, "reflow": ReflowConfig}
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which duplicate keys are errors, 1e-4 is a number, and only true and false are booleans."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# The resolvers of YAML 1.2's core schema in place of YAML 1.1's, where `no` is false, 1:30 is 90 and 1e-4 is text.
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9][0-9_]*\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+",
-        "-+.0123456789",
-    ),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The value that a piece of YAML stands for.
-
-    Args:
-        text: YAML, without anchors of arbitrary types: only plain data is ever built.
-        where: what to call it in an error, a file's path for instance.
-
-    Raises:
-        UserError: not valid YAML, or a key stands twice.
-    """
-    try:
-        return _Loader(text).get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"{where}:{mark.line + 1}" if mark else where
-        raise UserError(f"{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
 
 
 def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fmscale.errors import UserError
 from fmscale.files import new_folder
 from fmscale.log import get_logger
 from fmscale.models.names import POSITIONS, diffusers_config, to_diffusers
-from fmscale.runs import Run, open_run
+from fmscale.runs import Run, Weights, open_run
 from fmscale.sample import EXPORT_NOTE, load_frozen, parse_roles
 
 log = get_logger(__name__)
@@ -24,11 +24,12 @@ log = get_logger(__name__)
 
 def export_command(args: argparse.Namespace) -> None:
     """`fmscale export`."""
-    run = open_run(Path(args.run_dir), args.step)
+    weights = args.ema_std or args.weights or "ema"
+    run = open_run(Path(args.run_dir), args.step, weights)
     export(
         run,
         Path(args.out),
-        args.weights or "ema",
+        weights,
         args.dtype,
         vae=args.vae,
         text_encoders=parse_roles(args.text_encoder),
@@ -38,7 +39,7 @@ def export_command(args: argparse.Namespace) -> None:
 def export(
     run: Run,
     out: Path,
-    weights: str = "ema",
+    weights: Weights = "ema",
     dtype: str = "bf16",
     *,
     vae: str | None = None,
@@ -49,7 +50,7 @@ def export(
     Args:
         run: an open run.
         out: folder to make; it appears only when it is whole.
-        weights: `ema` or `raw`.
+        weights: `ema`, `raw`, or the relative width of an average that is made from snapshots.
         dtype: key of `STORAGE`, of the transformer.
         vae: folder of the VAE, where it has moved.
         text_encoders: folders by role, likewise.
@@ -81,7 +82,7 @@ def export(
         pipeline.save_pretrained(folder, safe_serialization=True)
         (folder / EXPORT_NOTE).write_text(json.dumps(_note(run, weights), indent=1) + "\n")
         (folder / "README.md").write_text(model_card(run, weights, dtype))
-    log.info("exported %s weights of step %d to %s", weights, run.checkpoint.step, out)
+    log.info("exported %s weights of step %d to %s", run.weight_kind(weights), run.checkpoint.step, out)
 
 
 def _t5(encoders: dict[str, Any], context_dim: int) -> tuple[Any, Any]:
@@ -112,7 +113,7 @@ def _model_kwargs(run: Run) -> dict[str, Any]:
     return run.config.model.model_dump(exclude={"family"})
 
 
-def _transformer(run: Run, weights: str, dtype: torch.dtype) -> torch.nn.Module:
+def _transformer(run: Run, weights: Weights, dtype: torch.dtype) -> torch.nn.Module:
     from diffusers import SD3Transformer2DModel
 
     kwargs = _model_kwargs(run)
@@ -127,7 +128,7 @@ def _transformer(run: Run, weights: str, dtype: torch.dtype) -> torch.nn.Module:
     return transformer
 
 
-def _note(run: Run, weights: str) -> dict[str, Any]:
+def _note(run: Run, weights: Weights) -> dict[str, Any]:
     """What sampling with fmscale needs and diffusers' files have no place for."""
     return {
         "fmscale": __version__,
@@ -142,7 +143,7 @@ def _note(run: Run, weights: str) -> dict[str, Any]:
     }
 
 
-def model_card(run: Run, weights: str, dtype: str) -> str:
+def model_card(run: Run, weights: Weights, dtype: str) -> str:
     """README.md of the folder: what it is, how it was trained, and a snippet that runs."""
     note, config = _note(run, weights), run.config
     count = sum(torch.Size(shape).numel() for shape in run.checkpoint.index["parameters"].values())

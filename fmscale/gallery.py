@@ -20,7 +20,7 @@ from fmscale.data.tar import DamageError
 from fmscale.dataset import Dataset
 from fmscale.encoders.text import assemble
 from fmscale.encoders.vae import reopen_vae
-from fmscale.engine.optim import ema_name
+from fmscale.engine.optim import ema_names
 from fmscale.errors import UserError
 from fmscale.flow.noise import draw_noise
 from fmscale.flow.solver import time_grid
@@ -77,8 +77,8 @@ class Gallery:
         config, engine, device = self.job.config, self.job.engine, self.job.world.device
         text = {name: value.to(device).float() for name, value in self.text.items()}
         nothing = {name: self.job.dataset.null[name].expand_as(value) for name, value in text.items()}
-        averages = config.ema.decays
-        with engine.averaged(ema_name(averages[0])) if averages else nullcontext():
+        averages = ema_names(config.ema.decays, config.ema.sigma_rels)
+        with engine.averaged(averages[0]) if averages else nullcontext():
             return sample_latents(
                 engine,
                 self.noise.to(device),

@@ -1,4 +1,4 @@
-"""What a run watches in its own numbers: a loss that leaps, and ranks that lag behind."""
+"""What a run watches in its own numbers: a loss that leaps, ranks that lag behind, data that is damaged."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmscale.config import TrainConfig
+from fmscale.errors import UserError
+
+BAD_SAMPLES = "bad_samples.jsonl"  # in the run directory: step, key, shard and reason of each
+BAD_FROM_IMAGES = 1000  # so that one bad sample in the first batch does not end a run
 RATE = 0.05  # of the median's change per step, relative
 SETTLED_STEPS = 100  # before which no step is dropped
 SLOW = 1.2  # times the median over ranks
@@ -120,3 +125,22 @@ def slow_ranks(times: Sequence[Sequence[float]]) -> dict[int, float]:
     typical = [statistics.median(of_rank) for of_rank in zip(*known, strict=True)]
     median = statistics.median(typical)
     return {rank: seconds / median for rank, seconds in enumerate(typical) if seconds > SLOW * median}
+
+
+def check_damage(config: TrainConfig, bad: int, drawn: int) -> None:
+    """Stop, on every rank alike, where the data is worse than the config allows.
+
+    Args:
+        config: says how much is allowed.
+        bad: images drawn since the start that were damaged.
+        drawn: images drawn since the start.
+
+    Raises:
+        UserError: more were damaged than is allowed.
+    """
+    if bad > config.data.max_bad_fraction * max(drawn, BAD_FROM_IMAGES):
+        raise UserError(
+            f"data.max_bad_fraction: {bad:,} of {drawn:,} images were damaged, allowed are "
+            f"{config.data.max_bad_fraction:.1%}; {config.run_dir / BAD_SAMPLES} lists them, "
+            "`fmscale index DATASET --repair` leaves changed bytes out, for a new run_dir"
+        )

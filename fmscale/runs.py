@@ -6,6 +6,7 @@ RUN/config.yaml       the merged config, written first
     metrics.jsonl     one object per optimizer step
     tensorboard/      the same, as curves
     checkpoints/      step-00001000/ and so on
+    ema/              likewise, with averages alone, from which others are made
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
@@ -38,11 +39,13 @@ FREE_KEYS = {
     "data.path",
     "data.workers",
     "data.max_bad_fraction",
+    "ema.snapshot_every_steps",
     "engine.zero_stage",
     "engine.recompute_every",
     "engine.compile",
 }
 DATASET = "dataset.json"
+Weights = str | float  # of a run: `ema`, `raw`, or the relative width of an average that is made from snapshots
 FREE_PARTS = ("checkpoint.", "guard.", "log.", "data.remote.")
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "webdataset", "safetensors", "numpy")
 
@@ -50,6 +53,11 @@ _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "webdataset", "s
 def checkpoints_dir(run_dir: Path) -> Path:
     """Where a run's checkpoints are."""
     return run_dir / "checkpoints"
+
+
+def snapshots_dir(run_dir: Path) -> Path:
+    """Where the averages are kept from which others are made."""
+    return run_dir / "ema"
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
@@ -164,32 +172,40 @@ class Run:
             raise UserError(f"{self.path}: its dataset does not say which VAE and text encoders made it")
         return made_by
 
-    def weight_kind(self, weights: str) -> str:
-        """Name in the checkpoint of `raw` or `ema` weights; the first of several averages."""
-        from fmscale.engine.optim import ema_name
+    def weight_kind(self, weights: Weights) -> str:
+        """Name of weights, as checkpoints have it; `ema` is the first of several averages."""
+        from fmscale.engine.optim import ema_names, sigma_name
         from fmscale.engine.zero import WEIGHT
 
+        if isinstance(weights, float):
+            return sigma_name(weights)
         if weights == "raw":
             return WEIGHT
-        if not self.config.ema.decays:
+        names = ema_names(self.config.ema.decays, self.config.ema.sigma_rels)
+        if not names:
             raise UserError(f"{self.path}: was trained without EMA; only its raw weights can be had (--weights raw)")
-        return ema_name(self.config.ema.decays[0])
+        return names[0]
 
-    def state(self, weights: str) -> dict[str, Tensor]:
-        """Weights by parameter name, float32.
-
-        Args:
-            weights: `ema` or `raw`.
+    def parameters(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter's name and its weights, float32, one at a time.
 
         Raises:
-            UserError: the checkpoint is damaged or has none.
+            UserError: the checkpoint is damaged, has no such weights, or there is nothing to make them from.
         """
         from fmscale.engine.checkpoint import Fragments, verify
+        from fmscale.engine.snapshots import make_average
 
+        kind = self.weight_kind(weights)
+        if isinstance(weights, float) and kind not in self.checkpoint.index["kinds"]:
+            return make_average(snapshots_dir(self.path), self.checkpoint, self.config.ema.sigma_rels, weights)
         verify(self.checkpoint)
-        return dict(Fragments(self.checkpoint).full(self.weight_kind(weights)))
+        return Fragments(self.checkpoint).full(kind)
 
-    def model(self, weights: str) -> nn.Module:
+    def state(self, weights: Weights) -> dict[str, Tensor]:
+        """All that `parameters` gives, by name."""
+        return dict(self.parameters(weights))
+
+    def model(self, weights: Weights) -> nn.Module:
         """The network with its weights, on the CPU in float32, in evaluation mode."""
         import torch
 
@@ -206,21 +222,25 @@ def build_model(config: TrainConfig) -> nn.Module:
     return MODELS[config.model.family](**config.model.model_dump(exclude={"family"}))
 
 
-def open_run(path: Path, step: int | None = None) -> Run:
+def open_run(path: Path, step: int | None = None, weights: Weights = "ema") -> Run:
     """Open a run directory for reading.
 
     Args:
         path: the directory that `fmscale train` was given as run_dir.
         step: of the checkpoint; None for the newest.
+        weights: that will be read; for those made from snapshots, a snapshot of the step will do.
 
     Raises:
         UserError: not a run directory, or no such checkpoint.
     """
-    from fmscale.engine.checkpoint import at_step
+    from fmscale.engine.checkpoint import at_step, find_all, step_of
 
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path}: not a run directory (no config.yaml in it)")
-    checkpoint = at_step(checkpoints_dir(path), step)
+    root, snapshots = checkpoints_dir(path), snapshots_dir(path)
+    if isinstance(weights, float) and step is not None and step in map(step_of, find_all(snapshots)):
+        root = snapshots
+    checkpoint = at_step(root, step)
     config = check(TrainConfig, checkpoint.index["description"]["config"], str(checkpoint.path / "index.json"))
     return Run(path, config, checkpoint)
 

@@ -27,7 +27,7 @@ from fmscale.flow.noise import draw_noise
 from fmscale.flow.solver import time_grid
 from fmscale.log import get_logger
 from fmscale.pictures import contact_sheet, sample_latents, to_pixels
-from fmscale.runs import Run, open_run
+from fmscale.runs import Run, Weights, open_run
 
 log = get_logger(__name__)
 EXPORT_NOTE = "fmscale.json"  # in an exported folder: what diffusers' own files have no place for
@@ -103,7 +103,11 @@ def sample_command(args: argparse.Namespace) -> None:
     if any("\ud800" <= char <= "\udfff" for text in (*args.prompt, args.negative_prompt) for char in text):
         raise UserError("--prompt: not UTF-8 text")
     generator = open_generator(
-        source, step=args.step, weights=args.weights, vae=args.vae, text_encoders=parse_roles(args.text_encoder)
+        source,
+        step=args.step,
+        weights=args.ema_std or args.weights,
+        vae=args.vae,
+        text_encoders=parse_roles(args.text_encoder),
     )
     side = generator.base_size * generator.patch_size * generator.vae.factor
     shape = generator.latent_shape(args.height or side, args.width or side)
@@ -156,7 +160,7 @@ def open_generator(
     source: Path,
     *,
     step: int | None = None,
-    weights: str | None = None,
+    weights: Weights | None = None,
     vae: str | None = None,
     text_encoders: Mapping[str, str] | None = None,
 ) -> Generator:
@@ -165,7 +169,7 @@ def open_generator(
     Args:
         source: a run directory or an exported folder.
         step: checkpoint of a run; None for the newest.
-        weights: of a run, `ema` (None means the same) or `raw`.
+        weights: of a run, `ema` (None means the same), `raw`, or the relative width of an average.
         vae: folder to use in place of the one that the dataset names.
         text_encoders: folders by role, likewise.
 
@@ -176,12 +180,12 @@ def open_generator(
         if step is not None or weights or vae or text_encoders:
             raise UserError(
                 f"{source}: an exported folder has one set of weights and brings its own networks; leave out "
-                "--step, --weights, --vae and --text-encoder, or give the run directory"
+                "--step, --weights, --ema-std, --vae and --text-encoder, or give the run directory"
             )
         return _open_export(source)
     if (source / "model_index.json").is_file():
         raise UserError(f"{source}: a pipeline that fmscale did not export; draw from it with diffusers")
-    run = open_run(source, step)
+    run = open_run(source, step, weights or "ema")
     device = world_from_environment().device
     frozen_vae, text = load_frozen(run, vae, text_encoders or {}, device)
     return Generator(

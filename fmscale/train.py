@@ -30,25 +30,23 @@ from fmscale.encoders.text import assemble
 from fmscale.engine import checkpoint as checkpoints
 from fmscale.engine.blocks import compile_blocks, recompute
 from fmscale.engine.metrics import append, keep_before
-from fmscale.engine.optim import AdamWEMA, ema_name, learning_rate, parameter_groups
-from fmscale.engine.saver import Retention, SaveError, Saver
+from fmscale.engine.optim import SIGMA_PREFIX, AdamWEMA, ema_names, learning_rate, parameter_groups
+from fmscale.engine.saver import Folder, Retention, SaveError, Saver
 from fmscale.engine.statistics import Look
 from fmscale.engine.zero import Engine, deepspeed_config, init_process_group
 from fmscale.errors import OutageError, UserError
 from fmscale.flow.loss import velocity_mse
 from fmscale.flow.path import interpolate
 from fmscale.gallery import check_gallery
-from fmscale.guards import LossGuard, Stopwatch
+from fmscale.guards import BAD_SAMPLES, LossGuard, Stopwatch, check_damage
 from fmscale.log import get_logger, progress
 from fmscale.reporting import Reporter, announce, device_names, look_at
-from fmscale.runs import DATASET, build_model, check_run_dir, checkpoints_dir, start_run_dir
+from fmscale.runs import DATASET, build_model, check_run_dir, checkpoints_dir, snapshots_dir, start_run_dir
 from fmscale.tally import BINS, Tally
 from fmscale.watchdog import Limits, Watchdog, cut_off
 
 log = get_logger(__name__)
-BAD_SAMPLES = "bad_samples.jsonl"  # in the run directory: step, key, shard and reason of each
 SKIPPED = "skipped_steps.jsonl"  # in the run directory: step and sample keys of those that were not applied
-BAD_FROM_IMAGES = 1000  # so that one bad sample in the first batch does not end a run
 
 
 class Allowed(NamedTuple):
@@ -118,6 +116,7 @@ def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
     guard = LossGuard(BINS, config.guard.max_loss_ratio, world.device)
     start, dataset = resume(config, dataset, engine, guard, world, allowed)
     if world.is_main:
+        checkpoints.discard_after(snapshots_dir(config.run_dir), start)  # they are written again
         start_run_dir(config, device_names(world), shards_seen(config, dataset))
     retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_steps)
     saver = Saver(checkpoints_dir(config.run_dir), world, retention, config.checkpoint.private)
@@ -173,7 +172,7 @@ def check_checkpoint(
             f"data: the features of the empty caption in {dataset.mixture.name} are not those that {found.path} was "
             "trained with; put the old null.safetensors back, or start another run_dir"
         )
-    checkpoints.check_fits(found, shapes, [ema_name(decay) for decay in config.ema.decays])
+    checkpoints.check_fits(found, shapes, ema_names(config.ema.decays, config.ema.sigma_rels))
     return dataset
 
 
@@ -199,6 +198,8 @@ def build_engine(config: TrainConfig, device: torch.device, micro_batch: int) ->
         betas=options.betas,
         eps=options.eps,
         ema_decays=config.ema.decays,
+        ema_sigma_rels=config.ema.sigma_rels,
+        ema_warmup=config.ema.warmup,
     )
     return Engine(model, optimizer, engine_settings(config, micro_batch))
 
@@ -264,6 +265,8 @@ def go_back(job: Job, done: int, skipped: int, again: bool) -> None:
             f"to go back to that would help; lower optimizer.lr, or look at the samples in {config.run_dir / SKIPPED}"
         )
     load(job.engine, found)
+    if job.world.is_main:
+        checkpoints.discard_after(snapshots_dir(config.run_dir), found.step)
     log.error("step %d: back to the weights of %s; the data goes on", done, found.path)
 
 
@@ -305,8 +308,8 @@ def loop(job: Job, start: int) -> None:
                 go_back(job, done, skipped, again=went_back)
                 skipped, went_back = 0, True
             reporter.show(result, done)
-            if saving:
-                save(job, done)
+            if folders := folders_for(job, done, saving):
+                save(job, done, folders)
             elif logging and not job.saver.busy:
                 wait_for_save(job)  # says so if the last one has failed
             if wish.stop:
@@ -443,27 +446,16 @@ def learning_rate_at(config: TrainConfig, step: int) -> float:
     )
 
 
-def check_damage(config: TrainConfig, bad: int, drawn: int) -> None:
-    """Stop, on every rank alike, where the data is worse than the config allows.
-
-    Args:
-        config: says how much is allowed.
-        bad: images drawn since the start that were damaged.
-        drawn: images drawn since the start.
-
-    Raises:
-        UserError: more were damaged than is allowed.
-    """
-    if bad > config.data.max_bad_fraction * max(drawn, BAD_FROM_IMAGES):
-        raise UserError(
-            f"data.max_bad_fraction: {bad:,} of {drawn:,} images were damaged, allowed are "
-            f"{config.data.max_bad_fraction:.1%}; {config.run_dir / BAD_SAMPLES} lists them, "
-            "`fmscale index DATASET --repair` leaves changed bytes out, for a new run_dir"
-        )
+def folders_for(job: Job, done: int, saving: bool) -> list[Folder]:
+    """Where to save after a step; the averages first, so that who goes on from a checkpoint has all those before it."""
+    config = job.config
+    every = config.ema.snapshot_every_steps
+    averages = [Folder(snapshots_dir(config.run_dir), kinds=SIGMA_PREFIX)] if every and done % every == 0 else []
+    return averages + ([job.saver.checkpoints] if saving else [])
 
 
-def save(job: Job, done: int) -> None:
-    """Begin to write a checkpoint of the step."""
+def save(job: Job, done: int, folders: Sequence[Folder]) -> None:
+    """Begin to write what the step has come to."""
     config = job.config
     job.watch.at(done - 1, "saving")
     wait_for_save(job)
@@ -479,6 +471,7 @@ def save(job: Job, done: int) -> None:
             "null": config.conditioning.null,
             "loss_guard": job.guard.state(),
         },
+        folders=folders,
     )
 
 

@@ -1,9 +1,10 @@
 """What the engine costs beside the training: averaged weights, and checkpoints in the background.
 
-    python tools/bench_engine.py [--millions 100] [--repeats 7] [--folder DIR] [--json FILE]
+    python tools/bench_engine.py [--layers 4] [--millions 100] [--repeats 7] [--folder DIR] [--json FILE]
 
-    average     one update of one average: fmscale's, on the flat partition that ZeRO hands the optimizer, against
-                `EMAModel.step` of diffusers over the same weights
+    average     one update of one average of an MMDiT as wide as Stable Diffusion 3's: fmscale's, on the flat partition
+                that ZeRO hands the optimizer, against `EMAModel.step` of diffusers over the same weights, as it is by
+                default and with foreach=True
     save        what a checkpoint of weights, both moments and an average adds to the time of the training thread, which
                 multiplies matrices meanwhile: in the background, against waiting until it is on disk
 
@@ -23,12 +24,13 @@ from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmscale.distributed import World
 from fmscale.engine.optim import AdamWEMA, ema_name
 from fmscale.engine.saver import Retention, Saver
 from fmscale.engine.zero import Piece
+from fmscale.models.mmdit import MMDiT
 
 SIDE = 1024
 DECAY = 0.999
@@ -39,11 +41,11 @@ def main() -> None:
     """Time both pairs, print the figures."""
     args = parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    average = compare_averages(args.millions, args.repeats, device)
+    average = compare_averages(args.layers, args.repeats, device)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         save = compare_saves(args.millions, args.repeats, device, Path(folder))
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(f"{args.millions} million parameters, {name}, median of {args.repeats}")
+    print(f"{name}, median of {args.repeats}")
     for what, figures in (("average", average), ("save", save)):
         print(f"{what:8} " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     if args.json:
@@ -53,7 +55,8 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Compare what the engine costs beside the training.")
-    parser.add_argument("--millions", type=int, default=100, help="parameters (%(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="of the model that is averaged, 85 million each")
+    parser.add_argument("--millions", type=int, default=100, help="parameters of a checkpoint (%(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="(%(default)s)")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written (the system's temporary folder)")
     parser.add_argument("--json", type=Path, help="write the figures there too")
@@ -71,23 +74,48 @@ def seconds(action: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def compare_averages(millions: int, repeats: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds of an update, of this program and of diffusers, and the first over the second."""
-    model = nn.ModuleList([nn.Linear(SIDE, SIDE, bias=False) for _ in range(max(1, millions * 10**6 // SIDE**2))])
-    model = model.to(device).requires_grad_(False)
-    flat = torch.cat([p.flatten() for p in model.parameters()])
+def compare_averages(layers: int, repeats: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds of an update, of this program and of diffusers, and the former over the latter.
+
+    On a GPU also the most memory that an update takes, over that of the average.
+    """
+    with device:
+        model = MMDiT(layers=layers, heads=24, head_dim=64)
+    params = list(model.parameters())  # which require gradients: of others diffusers makes copies, not averages
+    flat = torch.cat([p.detach().flatten() for p in params])
     optimizer = AdamWEMA([flat], ema_decays=(DECAY,))
     optimizer.init_state(flat)
-    theirs = EMAModel(list(model.parameters()), decay=DECAY)
-    times: dict[str, list[float]] = {"ours": [], "diffusers": []}
-    for repeat in range(repeats + 1):
-        ours = seconds(lambda: optimizer.update_averages([flat]), device)
-        other = seconds(lambda: theirs.step(model.parameters()), device)
-        if repeat:
-            times["ours"].append(ours)
-            times["diffusers"].append(other)
-    ours, other = (statistics.median(found) for found in times.values())
-    return {"ours_ms": 1000 * ours, "diffusers_ms": 1000 * other, "ratio": ours / other}
+    optimizer.set_updates(flat, 1000)
+    theirs = EMAModel(params, decay=DECAY)
+
+    def step(foreach: bool) -> None:
+        theirs.foreach = foreach
+        theirs.step(params)
+
+    actions: dict[str, Callable[[], object]] = {
+        "ours": lambda: optimizer.update_averages([flat]),
+        "diffusers": lambda: step(False),
+        "foreach": lambda: step(True),
+    }
+    times: dict[str, list[float]] = {key: [] for key in actions}
+    extra = {f"{key}_extra_memory": peak_bytes(action, device) / flat.nbytes for key, action in actions.items()}
+    for _ in range(repeats):
+        for key, action in actions.items():
+            times[key].append(seconds(action, device))
+    found = {key: statistics.median(values) for key, values in times.items()}
+    ratios = {f"ours/{key}": found["ours"] / found[key] for key in ("diffusers", "foreach")}
+    figures = {"million_parameters": flat.numel() / 1e6, **{f"{key}_ms": 1000 * value for key, value in found.items()}}
+    return {**figures, **ratios, **(extra if device.type == "cuda" else {})}
+
+
+def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
+    """Most memory of a GPU that an action takes beside what is there; 0 on a CPU, which does not tell."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else 0
+    action()
+    return torch.cuda.max_memory_allocated() - before if cuda else 0
 
 
 def compare_saves(millions: int, repeats: int, device: torch.device, folder: Path) -> dict[str, float]:

@@ -172,6 +172,22 @@ def set_aside_after(found: Checkpoint) -> None:
             log.warning("%s was set aside as %s", path, aside.name)
 
 
+def discard(path: Path) -> None:
+    """Remove a checkpoint such that at no moment a part of it bears its name."""
+    gone = path.with_name(f"{DELETING}{path.name}")
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def discard_after(root: Path, step: int) -> None:
+    """Remove what was saved after a step, and what a save or a removal that was killed has left."""
+    for leftover in (*root.glob(f"{WRITING}*"), *root.glob(f"{DELETING}*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for path in find_all(root):
+        if step_of(path) > step:
+            discard(path)
+
+
 def at_step(root: Path, step: int | None) -> Checkpoint:
     """The checkpoint of a step, or the newest whole one for None.
 

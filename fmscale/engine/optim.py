@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,27 +10,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fmscale.engine.posthoc import power_decay
+
 EMA_PREFIX = "ema_"
+SIGMA_PREFIX = f"{EMA_PREFIX}sigma_"
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 def ema_name(decay: float) -> str:
-    """Name of the averaged weights with this decay, in optimizer state and checkpoints."""
+    """Name of the average with a fixed decay, in optimizer state and checkpoints."""
     return f"{EMA_PREFIX}{decay!r}"
 
 
-def ema_decay(decay: float, updates: int) -> float:
+def sigma_name(sigma_rel: float) -> str:
+    """Name of the power-function average of a relative width, likewise."""
+    return f"{SIGMA_PREFIX}{sigma_rel!r}"
+
+
+def ema_names(decays: Sequence[float], sigma_rels: Sequence[float]) -> list[str]:
+    """Names of a run's averages; the first is the one that is sampled and exported."""
+    return [*map(ema_name, decays), *map(sigma_name, sigma_rels)]
+
+
+def ema_decay(decay: float, updates: int, warmup: bool = True) -> float:
     """The decay in force at an update: short memory at first, so that the average forgets the initial weights.
 
     Args:
         decay: the final decay, in (0, 1).
         updates: optimizer updates done so far, this one included, >= 1.
+        warmup: False has the final decay in force from the first update on.
 
     Returns:
         min(decay, (1 + updates) / (10 + updates)).
 
     Source: `tf.train.ExponentialMovingAverage`, whose `num_updates` argument does the same.
     """
-    return min(decay, (1 + updates) / (10 + updates))
+    return min(decay, (1 + updates) / (10 + updates)) if warmup else decay
 
 
 class AdamWEMA(torch.optim.AdamW):
@@ -41,14 +58,27 @@ class AdamWEMA(torch.optim.AdamW):
     Args:
         params: as for `torch.optim.AdamW`.
         ema_decays: one average for each, kept in `state[p][ema_name(decay)]`.
+        ema_sigma_rels: one power-function average for each, kept in `state[p][sigma_name(sigma_rel)]`.
+        ema_warmup: the fixed decays rise to their value, see `ema_decay`.
         others: `lr`, `betas`, `eps`, `weight_decay` as for `torch.optim.AdamW`.
 
-    Source: Loshchilov & Hutter 2019, arXiv:1711.05101; Polyak & Juditsky 1992 for averaging.
+    Source: Loshchilov & Hutter 2019, arXiv:1711.05101; Polyak & Juditsky 1992 for averaging; `posthoc` for powers.
     """
 
-    def __init__(self, params: Iterable[Any], *, ema_decays: Sequence[float] = (), **others: Any) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        ema_decays: Sequence[float] = (),
+        ema_sigma_rels: Sequence[float] = (),
+        ema_warmup: bool = True,
+        **others: Any,
+    ) -> None:
         super().__init__(params, fused=True, **others)
-        self.ema_decays = tuple(ema_decays)
+        fixed = {ema_name(decay): functools.partial(ema_decay, decay, warmup=ema_warmup) for decay in ema_decays}
+        power = {sigma_name(sigma): functools.partial(power_decay, sigma) for sigma in ema_sigma_rels}
+        self.averages: dict[str, Callable[[int], float]] = {**fixed, **power}
+        self._updates: dict[Tensor, int] = {}  # as state["step"], which on a GPU would have to be waited for
         self.look: Callable[[Sequence[Tensor]], None] | None = None  # shown what is updated while it has its gradient
 
     def init_state(self, param: Tensor) -> None:
@@ -59,8 +89,23 @@ class AdamWEMA(torch.optim.AdamW):
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         state["exp_avg"] = torch.zeros_like(param)
         state["exp_avg_sq"] = torch.zeros_like(param)
-        for decay in self.ema_decays:
-            state[ema_name(decay)] = param.detach().clone()
+        for name in self.averages:
+            state[name] = param.detach().clone()
+        self._updates[param] = 0
+
+    def updates(self, param: Tensor) -> int:
+        """Updates of a parameter so far; the device is not asked."""
+        return self._updates[param]
+
+    def set_updates(self, param: Tensor, count: int) -> None:
+        """Go on as if a parameter had had so many updates."""
+        self._updates[param] = count
+        self.state[param]["step"].fill_(count)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As torch's optimizers do."""
+        super().load_state_dict(state_dict)
+        self._updates = {param: int(state["step"]) for param, state in self.state.items()}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -73,29 +118,44 @@ class AdamWEMA(torch.optim.AdamW):
         if self.look is not None:
             self.look(updated)
         super().step()
+        for param in updated:
+            self._updates[param] += 1
         self.update_averages(updated)
 
     @torch.no_grad()
     def update_averages(self, params: Sequence[Tensor]) -> None:
-        """Move every average of these parameters towards their weights."""
-        for param in params:
-            state = self.state[param]
-            updates = self._updates(state)
-            for decay in self.ema_decays:
-                state[ema_name(decay)].lerp_(param, 1 - ema_decay(decay, updates))
+        """Move every average of these parameters towards their weights, in place: average += (1 − β)(weight − average).
 
-    def _updates(self, state: dict[str, Any]) -> int:
-        return int(state["step"].item())
+        One call for all of them, and no temporary: for each average the weights are read, and it is read and written.
+        (Pieces that stay in the cache for the next average gain nothing, and lose much where threads share cores.)
+        """
+        averages, weights, shares = list[Tensor](), list[Tensor](), list[float]()
+        for param in params:
+            averages += [self.state[param][name] for name in self.averages]
+            weights += [param] * len(self.averages)
+            shares += [1 - decay(self._updates[param]) for decay in self.averages.values()]
+        if averages:
+            torch._foreach_lerp_(averages, weights, shares)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay; biases, norms and other vectors without."""
-    params = [p for p in model.parameters() if p.requires_grad]
+    """Matrices with weight decay; biases, norms and embeddings without.
+
+    A matrix is a `weight` of two or more dimensions: of a linear layer or a convolution, those that embed patches, text
+    and time and those that modulate among them. An embedding is a table of learned rows: an `nn.Embedding`, or a
+    parameter that a module holds by another name, such as a table of positions.
+    """
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decays = {name: _decays(model.get_submodule(name.rpartition(".")[0]), name, p) for name, p in params.items()}
     groups = [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for name, p in params.items() if decays[name]], "weight_decay": weight_decay},
+        {"params": [p for name, p in params.items() if not decays[name]], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _decays(owner: nn.Module, name: str, param: Tensor) -> bool:
+    return param.ndim > 1 and name.endswith("weight") and not isinstance(owner, (*NORMS, *TABLES))
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, schedule: str, decay_steps: int) -> float:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fmscale.distributed import World, any_rank, total
-from fmscale.engine.checkpoint import DELETING, FORMAT, WRITING, find_all, is_whole, step_of
+from fmscale.engine.checkpoint import DELETING, FORMAT, WRITING, discard, find_all, is_whole, step_of
 from fmscale.engine.zero import Piece
 from fmscale.files import sync
 from fmscale.log import get_logger
@@ -48,6 +48,20 @@ class Retention(NamedTuple):
     every_steps: int | None = None
 
 
+class Folder(NamedTuple):
+    """Where saves go.
+
+    Attributes:
+        root: folder of `step-…` folders, on a file system that all ranks see.
+        retention: which of them stay; None for all.
+        kinds: what their names begin with, of the tensors that are written; "" for all.
+    """
+
+    root: Path
+    retention: Retention | None = None
+    kinds: str = ""
+
+
 class Snapshot(NamedTuple):
     """A rank's pieces in host memory.
 
@@ -69,6 +83,10 @@ class Snapshot(NamedTuple):
         """The kinds of tensor in it, sorted."""
         return sorted({key.split("/")[0] for key in self.tensors})
 
+    def only(self, kinds: str) -> Snapshot:
+        """The tensors whose kinds begin so."""
+        return Snapshot({key: tensor for key, tensor in self.tensors.items() if key.startswith(kinds)}, self.starts)
+
 
 class Saver:
     """Writes a run's checkpoints; one save at a time.
@@ -81,7 +99,8 @@ class Saver:
     """
 
     def __init__(self, root: Path, world: World, retention: Retention, private: bool = True) -> None:
-        self._root, self._world, self._retention, self._private = root, world, retention, private
+        self._world, self._private = world, private
+        self.checkpoints = Folder(root, retention)
         several = torch.distributed.is_initialized() and world.world_size > 1
         self._group = torch.distributed.new_group(backend="gloo") if several else None
         self._memory: dict[str, Tensor] = {}
@@ -98,6 +117,7 @@ class Saver:
         updates: int,
         shapes: Mapping[str, Sequence[int]],
         description: Mapping[str, Any],
+        folders: Sequence[Folder] = (),
     ) -> None:
         """Take a snapshot and begin to write it; a save that is still being written is waited for first.
 
@@ -106,22 +126,23 @@ class Saver:
             step, updates: optimizer steps done, and those of them that were applied.
             shapes: of every parameter.
             description: anything else a reader should know, as plain data.
+            folders: where to, in this order; the checkpoints alone where there are none.
 
         Raises:
             SaveError: the save before this one has failed.
         """
         self.wait()
-        snapshot = self._take(pieces)
+        folders = tuple(folders) or (self.checkpoints,)
+        snapshot = self._take(pieces, tuple(folder.kinds for folder in folders))
         index = {
             "format": FORMAT,
             "step": step,
             "updates": updates,
             "world_size": self._world.world_size,
-            "kinds": snapshot.kinds,
             "parameters": {key: list(shape) for key, shape in shapes.items()},
             "description": dict(description),
         }
-        self._thread = threading.Thread(target=self._run, args=(snapshot, index), name="checkpoint")
+        self._thread = threading.Thread(target=self._run, args=(snapshot, index, folders), name="checkpoint")
         self._thread.start()
 
     @property
@@ -142,13 +163,15 @@ class Saver:
         if failure:
             raise SaveError(failure)
 
-    def _take(self, pieces: Iterable[Piece]) -> Snapshot:
+    def _take(self, pieces: Iterable[Piece], kinds: tuple[str, ...]) -> Snapshot:
         """Copy pieces to memory that stays: the first touch of fresh memory costs as much as the copy."""
         tensors: dict[str, Tensor] = {}
         starts: dict[str, int] = {}
         for piece in pieces:
             starts[piece.name] = piece.start
             for kind, tensor in piece.tensors.items():
+                if not kind.startswith(kinds):
+                    continue
                 key = f"{kind}/{piece.name}"
                 if key not in self._memory:
                     self._memory[key] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
@@ -157,18 +180,23 @@ class Saver:
             torch.cuda.synchronize()
         return Snapshot(tensors, starts)
 
-    def _run(self, snapshot: Snapshot, index: dict[str, Any]) -> None:
+    def _run(self, snapshot: Snapshot, index: dict[str, Any], folders: Sequence[Folder]) -> None:
+        failures = []
         try:
-            self._write(snapshot, index)
-        except SaveError as error:
-            self._failure = str(error)
+            for folder in folders:
+                try:
+                    part = snapshot.only(folder.kinds)
+                    self._write(folder, part, {**index, "kinds": part.kinds})
+                except SaveError as error:
+                    failures.append(str(error))
         except Exception as error:  # a lost connection to another rank's thread, for instance
-            self._failure = f"the checkpoint of step {index['step']} could not be written: {error!r}"
+            failures.append(f"the checkpoint of step {index['step']} could not be written: {error!r}")
+        self._failure = "; ".join(failures)
 
-    def _write(self, snapshot: Snapshot, index: dict[str, Any]) -> None:
+    def _write(self, folder: Folder, snapshot: Snapshot, index: dict[str, Any]) -> None:
         """Every rank's partition, then the index, then the final name; every rank returns when the folder has it."""
-        final = self._root / f"step-{index['step']:08d}"
-        temporary = self._root / f"{WRITING}{final.name}"
+        final = folder.root / f"step-{index['step']:08d}"
+        temporary = folder.root / f"{WRITING}{final.name}"
         rank, count = self._world.rank, self._world.world_size
         names = [f"partition-{r:05d}-of-{count:05d}.safetensors" for r in range(count)]
         need = int(total(torch.tensor([snapshot.bytes]), self._group))
@@ -179,7 +207,7 @@ class Saver:
                 {"name": name, "sha256": sha, "bytes": length}
                 for name, (sha, length) in zip(names, self._gather(digest, size), strict=True)
             ]
-            self._everywhere(final, lambda: self._publish(temporary, final, index) if rank == 0 else None)
+            self._everywhere(final, lambda: self._publish(folder, temporary, final, index) if rank == 0 else None)
         except SaveError:
             if rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -223,7 +251,7 @@ class Saver:
         table = [bytes(row) for row in total(rows, self._group).tolist()]
         return [(row[:DIGEST_BYTES].hex(), int.from_bytes(row[DIGEST_BYTES:], "little")) for row in table]
 
-    def _publish(self, temporary: Path, final: Path, index: dict[str, Any]) -> None:
+    def _publish(self, folder: Folder, temporary: Path, final: Path, index: dict[str, Any]) -> None:
         index_path = temporary / "index.json"
         index_path.touch(0o600 if self._private else 0o666)
         index_path.write_text(json.dumps(index, indent=1) + "\n")
@@ -233,9 +261,10 @@ class Saver:
         temporary.rename(final)
         sync(final.parent)
         try:
-            prune(self._root, self._retention, final)
+            if folder.retention is not None:
+                prune(folder.root, folder.retention, final)
         except OSError as error:
-            log.warning("old checkpoints in %s stay: %s", self._root, error)
+            log.warning("old checkpoints in %s stay: %s", folder.root, error)
 
 
 def prune(root: Path, retention: Retention, new: Path) -> None:
@@ -251,9 +280,7 @@ def prune(root: Path, retention: Retention, new: Path) -> None:
     whole = [path for path in find_all(root) if is_whole(path)]
     for path in whole[: -retention.newest]:
         if path != new and (retention.every_steps is None or step_of(path) % retention.every_steps):
-            gone = root / f"{DELETING}{path.name}"  # a folder that bears its final name is whole
-            path.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            discard(path)
 
 
 def safetensors_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterable[bytes | memoryview]:

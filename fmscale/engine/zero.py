@@ -194,12 +194,12 @@ class Engine:
     @property
     def updates(self) -> int:
         """Optimizer updates that were applied so far."""
-        return int(self.optimizer.state[self._flat_partitions()[0]]["step"].item())
+        return self.optimizer.updates(self._flat_partitions()[0])
 
     @updates.setter
     def updates(self, count: int) -> None:
         for flat in self._flat_partitions():
-            self.optimizer.state[flat]["step"].fill_(count)
+            self.optimizer.set_updates(flat, count)
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank owns, parameter by parameter; the tensors are views, so writing to them restores state."""
@@ -262,7 +262,7 @@ class Engine:
         Only the weights of the forward pass change, which are a rounded copy of the fp32 ones; every rank enters.
 
         Args:
-            kind: name of the average, from `ema_name`.
+            kind: name of the average, from `ema_names`.
         """
         self._show(lambda flat: self.optimizer.state[flat][kind])
         try:

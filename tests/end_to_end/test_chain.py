@@ -48,6 +48,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encode(write_encoders(out))
     config_path = write_train_config(out)
     overrides = ["steps=6", "global_batch=8", "micro_batch=8", "engine.dtype=fp32", "checkpoint.every_steps=3"]
+    overrides += ["ema.sigma_rels=[0.05, 0.1]", "ema.snapshot_every_steps=2"]
     train(load(TrainConfig, config_path, overrides))
     export(open_run(out / "run"), out / "export", dtype="fp32")
     return out
@@ -126,6 +127,24 @@ def test_images_without_the_vae_are_refused(chain: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"log\.images_every_steps: the VAE that made .* is no longer at /moved/vae"):
         train(load(TrainConfig, chain / "train.yaml", overrides))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_average_of_any_width_is_exported(chain: Path, tmp_path: Path) -> None:
+    """Of the newest step, and of one that has a snapshot and no checkpoint."""
+    for options, step in (([], 6), (["--step", "4"], 4)):
+        out = tmp_path / str(step)
+        assert main(["export", str(chain / "run"), str(out), "--ema-std", "0.08", "--dtype", "fp32", *options]) == 0
+        exported, made = open_generator(out).model.state_dict(), open_run(chain / "run", step, 0.08).state(0.08)
+        assert all(torch.equal(exported[name], value) for name, value in made.items())
+        assert f"ema_sigma_0.08 of step {step}" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("width", ["0", "0.28", "wide"])
+def test_a_width_that_cannot_be_is_refused(chain: Path, width: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["export", str(chain / "run"), "out", "--ema-std", width])
+    assert left.value.code == 2
+    assert "--ema-std: must be" in capsys.readouterr().err
 
 
 def test_another_vae_is_refused(chain: Path, tmp_path: Path) -> None:
@@ -214,7 +233,7 @@ def test_every_command_that_succeeds_exits_with_zero(chain: Path, tmp_path: Path
 def test_an_exported_folder_has_one_set_of_weights(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["sample", str(chain / "export"), "--prompt", "a", "--weights", "raw"]
     assert main(command) == 2
-    assert "leave out --step, --weights, --vae and --text-encoder" in capsys.readouterr().err
+    assert "leave out --step, --weights, --ema-std, --vae and --text-encoder" in capsys.readouterr().err
 
 
 def test_a_teacher_of_other_encoders_is_refused(chain: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from fmscale.train import train
 
 STEPS = 60
 SETTINGS = (f"steps={STEPS}", "checkpoint.every_steps=4", "checkpoint.keep=2", "log.every_steps=1", "data.workers=1")
+SNAPSHOTS = ("ema.sigma_rels=[0.1]", "ema.snapshot_every_steps=5")
 KILLED_AFTER = (11, 33)  # lines of metrics
 
 
@@ -52,7 +53,7 @@ def test_a_killed_reader_ends_the_run_within_seconds_with_one_line(
 def test_a_killed_run_goes_on_to_the_bit(
     tmp_path: Path, make_config: Callable[..., TrainConfig], losses: Callable[[Path], dict[int, float]]
 ) -> None:
-    whole, killed = (make_config(tmp_path / name, *SETTINGS) for name in ("whole", "killed"))
+    whole, killed = (make_config(tmp_path / name, *SETTINGS, *SNAPSHOTS) for name in ("whole", "killed"))
     for after in KILLED_AFTER:
         run_until_killed(killed, after)
     for config in (whole, killed):
@@ -61,6 +62,11 @@ def test_a_killed_run_goes_on_to_the_bit(
     assert sorted(path.name for path in (killed.run_dir / "checkpoints").iterdir()) == [
         f"step-{step:08d}" for step in (STEPS - 4, STEPS)
     ]
+    files = sorted(path.relative_to(whole.run_dir) for path in (whole.run_dir / "ema").rglob("*.safetensors"))
+    assert [file.parent.name for file in files] == [f"step-{step:08d}" for step in range(5, STEPS + 1, 5)]
+    for file in files:
+        assert (killed.run_dir / file).read_bytes() == (whole.run_dir / file).read_bytes()
+    assert len(list((killed.run_dir / "ema").iterdir())) == len(files)
 
 
 def test_an_error_of_ours_ends_the_process_although_readers_outlive_signals(

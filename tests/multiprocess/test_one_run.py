@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 
 from fmscale.config import TrainConfig
 from fmscale.engine.checkpoint import Fragments, open_checkpoint
-from fmscale.engine.optim import ema_decay, ema_name
+from fmscale.engine.optim import ema_decay, ema_name, sigma_name
+from fmscale.engine.posthoc import power_decay
 from fmscale.engine.zero import WEIGHT
 
 STEPS = 20
@@ -114,17 +116,25 @@ def test_the_average_in_a_checkpoint_is_the_average_of_full_weights(
     """Computed step by step from the full fp32 weights of every step, in another world and stage: equal to the bit."""
     for world, stage in ((1, 1), (2, 3)):
         run_dir = tmp_path / f"{world}-{stage}"
-        settings = ("steps=6", "checkpoint.every_steps=1", f"engine.zero_stage={stage}")
+        averaging = ("ema.sigma_rels=[0.2]", "ema.snapshot_every_steps=3")
+        settings = ("steps=6", "checkpoint.every_steps=1", f"engine.zero_stage={stage}", *averaging)
         train_many(world, [make_config(run_dir, *settings)])
         saved = [Fragments(open_checkpoint(path)) for path in sorted((run_dir / "checkpoints").glob("step-*"))]
         initial = initial_weights(make_config(run_dir, *settings))
-        for decay in (0.99, 0.9):
+        decays = {ema_name(decay): functools.partial(ema_decay, decay) for decay in (0.99, 0.9)}
+        for kind, decay in {**decays, sigma_name(0.2): functools.partial(power_decay, 0.2)}.items():
             averages = {name: weight.clone() for name, weight in initial.items()}
             for update, fragments in enumerate(saved, start=1):
                 for name, weight in fragments.full(WEIGHT):
-                    averages[name].lerp_(weight, 1 - ema_decay(decay, update))
-                for name, stored in fragments.full(ema_name(decay)):
-                    assert torch.equal(stored, averages[name]), (world, stage, decay, update, name)
+                    averages[name].lerp_(weight, 1 - decay(update))
+                for name, stored in fragments.full(kind):
+                    assert torch.equal(stored, averages[name]), (world, stage, kind, update, name)
+        for step in (3, 6):
+            snapshot = Fragments(open_checkpoint(run_dir / "ema" / f"step-{step:08d}"))
+            for (name, ours), (_, theirs) in zip(
+                snapshot.full(sigma_name(0.2)), saved[step - 1].full(sigma_name(0.2)), strict=True
+            ):
+                assert torch.equal(ours, theirs), (world, stage, step, name)
 
 
 def initial_weights(config: TrainConfig) -> dict[str, torch.Tensor]:

@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmscale.config import CONFIGS, TrainConfig, dump, flatten, load, merge, parse_overrides, parse_yaml, schema
+from fmscale.config import CONFIGS, TrainConfig, dump, flatten, load, merge, parse_overrides, schema
 from fmscale.errors import UserError
 from fmscale.flow.coupling import COUPLINGS
 from fmscale.flow.solver import SOLVERS
 from fmscale.flow.timesteps import TIMESTEP_SAMPLERS
 from fmscale.models import MODELS
+from fmscale.plain_yaml import parse_yaml
 
 BASE = "run_dir: r\nsteps: 10\nglobal_batch: 64\nmicro_batch: 8\ndata: {path: x}\n"
 
@@ -93,6 +94,9 @@ def test_a_typo_in_a_file_names_the_file(path: Path) -> None:
         ("optimizer.lr=.nan", "optimizer.lr:"),
         ("data=3", "data: input should be an object; given 3"),
         ("ema.decays=[1.0]", "ema.decays.0: input should be less than 1"),
+        ("ema.sigma_rels=[0.3]", "ema.sigma_rels.0: input should be less than 0.28"),
+        ("ema.sigma_rels=[0.1, 0.1]", "each of `decays` and of `sigma_rels` must stand once"),
+        ("ema.snapshot_every_steps=9", "keeps what `sigma_rels` averages"),
         ("steps", "'steps' is not an override; write key=value"),
         ("a..b=1", "is not an override"),
         ("model={layers: 1, layers: 2}", "key 'layers' stands twice"),

@@ -13,6 +13,7 @@ from fmscale.runs import check_run_dir, differences, list_checkpoints, open_run,
 from fmscale.train import check_setup, train
 
 Make = Callable[..., TrainConfig]
+SNAPSHOTS = "ema.snapshot_every_steps=5"
 
 
 def test_free_keys_may_change(tmp_path: Path, make_config: Make) -> None:
@@ -21,6 +22,8 @@ def test_free_keys_may_change(tmp_path: Path, make_config: Make) -> None:
         tmp_path, "micro_batch=4", "engine.zero_stage=3", "data.workers=2", "log.every_steps=1", "steps=99"
     )
     assert differences(old, new) == []
+    averaging = "ema.sigma_rels=[0.1]"
+    assert differences(make_config(tmp_path, averaging), make_config(tmp_path, averaging, SNAPSHOTS)) == []
 
 
 def test_mathematics_may_not_change(tmp_path: Path, make_config: Make) -> None:

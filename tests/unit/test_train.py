@@ -130,6 +130,7 @@ def written(run_dir: Path) -> dict[str, bytes]:
         ("model.layers=3", r"is absent there and \(.*\) in the config's model"),
         ("model.dual_attention_layers=[9]", "dual_attention_layers"),
         ("ema.decays=[0.5]", r"holds no ema_0\.5"),
+        ("ema.sigma_rels=[0.1]", r"holds no ema_sigma_0\.1"),
         ("data.path=OTHER", r"is not what .* was trained on: 8x8-00000\.tar has other content"),
         ("data.path=NULL", "the features of the empty caption in .* are not those"),
     ],
@@ -357,6 +358,16 @@ class TestSkippedSteps:
         assert [line["step"] for line in self.skipped(config.run_dir)] == [6, 7]
         steps = [record["step"] for record in read_metrics(config.run_dir / "metrics.jsonl")]
         assert steps == list(range(1, 11))
+
+    def test_snapshots_of_what_was_given_up_are_given_up_too(
+        self, tmp_path: Path, make_config: Make, poison: set[int]
+    ) -> None:
+        poison.update((5, 6))
+        snapshots = ("ema.sigma_rels=[0.1]", "ema.snapshot_every_steps=1")
+        train(make_config(tmp_path / "run", *self.SETTINGS, *snapshots, "steps=10"))
+        found = map(checkpoints.open_checkpoint, checkpoints.find_all(tmp_path / "run" / "ema"))
+        updates = {one.step: one.index["updates"] for one in found}
+        assert updates == {1: 1, 2: 2, 3: 3, 4: 4, 7: 4, 8: 5, 9: 6, 10: 7}
 
     def test_without_a_checkpoint_the_run_stops_and_says_why(
         self, tmp_path: Path, make_config: Make, poison: set[int]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fmscale.engine.optim import AdamWEMA, ema_decay, ema_name, learning_rate, parameter_groups
+from fmscale.engine.optim import AdamWEMA, ema_decay, ema_name, learning_rate, parameter_groups, sigma_name
+from fmscale.engine.posthoc import exponent
+from fmscale.models.mmdit import MMDiT
 
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
@@ -58,12 +64,133 @@ def test_the_decay_rises_to_its_final_value() -> None:
     assert decays[-1] == 0.99
 
 
-def test_vectors_have_no_weight_decay() -> None:
-    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
-    matrices, vectors = parameter_groups(model, 0.1)
-    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
-    assert [tuple(p.shape) for p in matrices["params"]] == [(3, 2)]
-    assert len(vectors["params"]) == 3
+def test_without_warmup_the_decay_is_final_at_once() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = AdamWEMA([param], ema_decays=(0.9,), ema_warmup=False, **SETTINGS)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.allclose(optimizer.state[param][ema_name(0.9)], 0.9 + 0.1 * param.detach())
+
+
+def test_power_functions_weigh_the_history() -> None:
+    """Weight i of n counts (i^(γ+1) − (i−1)^(γ+1)) / n^(γ+1): for the smallest γ nearly the mean."""
+    param = nn.Parameter(torch.ones(5))
+    optimizer = AdamWEMA([param], ema_sigma_rels=(0.05, 0.2), **SETTINGS)
+    history = []
+    for gradient in make_gradients((5,), steps=40):
+        param.grad = gradient
+        optimizer.step()
+        history.append(param.detach().double().clone())
+    for sigma in (0.05, 0.2):
+        edges = (torch.arange(41, dtype=torch.float64) / 40) ** (exponent(sigma) + 1)
+        expected = (edges.diff()[:, None] * torch.stack(history)).sum(0)
+        assert torch.allclose(optimizer.state[param][sigma_name(sigma)].double(), expected, atol=1e-6)
+
+
+def several_averages(size: int) -> tuple[AdamWEMA, nn.Parameter]:
+    param = nn.Parameter(torch.linspace(-1, 1, size))
+    optimizer = AdamWEMA([param], ema_decays=(0.9, 0.99), ema_sigma_rels=(0.1,), **SETTINGS)
+    optimizer.init_state(param)
+    return optimizer, param
+
+
+def test_an_update_of_averages_makes_no_temporaries() -> None:
+    """All that it allocates, added up, is below 1 % of one average."""
+    optimizer, param = several_averages(4_000_000)
+    optimizer.set_updates(param, 10)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        optimizer.update_averages([param])
+        spare = torch.empty(100)  # so that a profiler that sees nothing is found out
+    taken = sum(max(0, event.nbytes()) for event in allocations(profiler))
+    assert spare.nbytes <= taken <= 0.01 * param.nbytes
+
+
+def allocations(profiler: torch.profiler.profile) -> list[Any]:
+    """Every growth or shrinkage of memory that was seen."""
+    assert profiler.profiler is not None
+    return [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is taken from a tensor, for which a GPU would have to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_from_the_device() -> None:
+    optimizer, param = several_averages(100)
+    with Reads() as reads:
+        param.grad = torch.ones(100)
+        optimizer.step()
+        assert optimizer.updates(param) == 1
+    assert reads.count == 0
+    with reads:
+        param.sum().item()
+    assert reads.count == 1
+
+
+def test_the_count_of_updates_goes_with_the_state() -> None:
+    (one, first), (other, second) = several_averages(8), several_averages(8)
+    first.grad = torch.ones(8)
+    one.step()
+    one.set_updates(first, 7)
+    with torch.no_grad():
+        second.copy_(first)
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    assert other.updates(second) == 7
+    first.grad, second.grad = torch.ones(8), torch.ones(8)
+    one.step()
+    other.step()
+    assert torch.equal(first, second)
+    for name in one.averages:
+        assert torch.equal(one.state[first][name], other.state[second][name])
+
+
+def test_which_parameters_of_an_mmdit_decay() -> None:
+    sizes = {"heads": 2, "head_dim": 4, "latent_channels": 4, "context_dim": 6, "pooled_dim": 5}
+    model = MMDiT(layers=2, pos_embed_max_size=8, base_size=4, qk_norm=True, dual_attention_layers=(0,), **sizes)
+    names = {id(param): name for name, param in model.named_parameters()}
+    decaying, others = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.1))
+    stream = ("modulation", "qkv.linear", "out", "mlp.up", "mlp.down")
+    layers = {
+        *("patch_embed", "context_embed", "timestep_mlp.up", "timestep_mlp.down", "pooled_mlp.up", "pooled_mlp.down"),
+        *(f"blocks.0.image.{layer}" for layer in (*stream, "dual.qkv.linear", "dual.out")),
+        *(f"blocks.0.text.{layer}" for layer in stream),
+        *(f"blocks.1.image.{layer}" for layer in stream),
+        *("blocks.1.text.norm.modulation", "blocks.1.text.qkv.linear"),  # the last text is read and not updated
+        *("norm_out.modulation", "proj_out"),
+    }
+    norms = {
+        *(
+            f"blocks.{i}.{stream}.qkv.norm_{which}.weight"
+            for i in (0, 1)
+            for stream in ("image", "text")
+            for which in "qk"
+        ),
+        *(f"blocks.0.image.dual.qkv.norm_{which}.weight" for which in "qk"),
+    }
+    assert decaying == {f"{layer}.weight" for layer in layers}
+    assert others == {f"{layer}.bias" for layer in layers} | norms
+
+
+def test_norms_and_embeddings_of_any_shape_do_not_decay() -> None:
+    class Others(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(5, 4)
+            self.positions = nn.Parameter(torch.zeros(3, 4))
+            self.norm = nn.LayerNorm((3, 4))
+            self.patches = nn.Conv2d(3, 4, 2)
+
+    model = Others()
+    matrices, others = parameter_groups(model, 0.1)
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert [p is model.patches.weight for p in matrices["params"]] == [True]
+    assert {id(p) for p in others["params"]} == {id(p) for p in model.parameters()} - {id(model.patches.weight)}
 
 
 @pytest.mark.parametrize(

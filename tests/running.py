@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from fmscale.config import TrainConfig, dump
 from fmscale.distributed import World, rank_environment
 
-PATIENCE_S = 120
+PATIENCE_S = 300  # the imports alone take a minute on a machine that has other work
 
 
 def lines(run_dir: Path) -> int:
@@ -31,16 +32,33 @@ def start(config: TrainConfig, *flags: str) -> subprocess.Popen[bytes]:
     """A training in processes of its own; what it says goes to `output.txt` beside the run."""
     path = config.run_dir.with_suffix(".yaml")
     path.write_text(dump(config))
-    command = [sys.executable, "-m", "fmscale", "train", str(path), *flags]
-    with (config.run_dir.parent / "output.txt").open("w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output, env=environment(), start_new_session=True)
+    return start_program(config, "-m", "fmscale", "train", str(path), *flags)
+
+
+def start_program(config: TrainConfig, *arguments: str) -> subprocess.Popen[bytes]:
+    """The same, of any program for Python that trains."""
+    with output(config).open("w") as file:
+        command = [sys.executable, *arguments]
+        return subprocess.Popen(command, stdout=file, stderr=file, env=environment(), start_new_session=True)
+
+
+def output(config: TrainConfig) -> Path:
+    return config.run_dir.parent / "output.txt"
 
 
 def wait_for_lines(config: TrainConfig, process: subprocess.Popen[bytes], count: int) -> None:
+    wait_until(config, process, lambda: lines(config.run_dir) >= count)
+
+
+def wait_until(config: TrainConfig, process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
+    """Wait for something that a training does before it ends."""
     deadline = time.monotonic() + PATIENCE_S
-    while lines(config.run_dir) < count:
-        assert process.poll() is None, (config.run_dir.parent / "output.txt").read_text()
-        assert time.monotonic() < deadline
+    while True:
+        ended = process.poll() is not None
+        if reached():
+            return
+        assert not ended, output(config).read_text()
+        assert time.monotonic() < deadline, output(config).read_text()
         time.sleep(0.01)
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from running import environment, kill_all, lines, start, wait_for_lines
+from running import PATIENCE_S, kill_all, lines, output, start, start_program, wait_for_lines, wait_until
 
 from fmscale.config import TrainConfig
 from fmscale.train import train
@@ -44,10 +42,10 @@ def test_a_killed_reader_ends_the_run_within_seconds_with_one_line(
         assert process.wait(15) == 1
     finally:
         kill_all(process)
-    output = (tmp_path / "output.txt").read_text()
-    assert "Traceback" not in output
-    assert "fmscale train: a process that reads the data has died (" in output.splitlines()[-1]
-    assert "goes on from its checkpoint" in output.splitlines()[-1]
+    said = output(config).read_text()
+    assert "Traceback" not in said
+    assert "fmscale train: a process that reads the data has died (" in said.splitlines()[-1]
+    assert "goes on from its checkpoint" in said.splitlines()[-1]
 
 
 def test_a_killed_run_goes_on_to_the_bit(
@@ -73,9 +71,12 @@ def test_an_error_of_ours_ends_the_process_although_readers_outlive_signals(
     tmp_path: Path, make_config: Callable[..., TrainConfig]
 ) -> None:
     config = make_config(tmp_path / "run", *SETTINGS, "data.workers=2", "steps=100000")
-    command = [sys.executable, str(Path(__file__).parent / "train_and_fail.py"), config.model_dump_json()]
-    began = time.monotonic()
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 1
-    assert "ValueError: an error that nobody expected" in done.stderr
-    assert time.monotonic() - began < 50  # of which the imports take most
+    program = Path(__file__).parent / "train_and_fail.py"
+    process = start_program(config, str(program), config.model_dump_json())
+    try:
+        wait_until(config, process, lambda: "ValueError: an error that nobody expected" in output(config).read_text())
+        began = time.monotonic()
+        assert process.wait(PATIENCE_S) == 1
+        assert time.monotonic() - began < 30  # readers outlive a signal by a minute
+    finally:
+        kill_all(process)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from running import kill_all, lines, start, wait_for_lines
+from running import kill_all, lines, output, start, wait_for_lines, wait_until
 
 from fmscale.config import TrainConfig
 from fmscale.engine.checkpoint import find_all
@@ -29,9 +29,8 @@ def stop(config: TrainConfig, how: str, *flags: str) -> str:
             os.kill(process.pid, signal.SIGTERM)
         else:
             os.killpg(process.pid, signal.Signals[how])
-        output = config.run_dir.parent / "output.txt"
-        assert process.wait(60) == 0, output.read_text()
-        return output.read_text()
+        assert process.wait(60) == 0, output(config).read_text()
+        return output(config).read_text()
     finally:
         kill_all(process)
 
@@ -48,9 +47,9 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends_well(
 ) -> None:
     """The signal goes to every process, those that read the data too; or to the parent of two ranks alone."""
     config = make_config(tmp_path / "run", *SETTINGS, ENDLESS)
-    output = stop(config, how, "--nproc", str(nproc))
-    assert "Traceback" not in output
-    assert "stopped as asked, the same command goes on from here" in output
+    said = stop(config, how, "--nproc", str(nproc))
+    assert "Traceback" not in said
+    assert "stopped as asked, the same command goes on from here" in said
     done = lines(config.run_dir)
     assert [path.name for path in find_all(config.run_dir / "checkpoints")] == [f"step-{done:08d}"]
     assert not (config.run_dir / "STOP").exists()
@@ -68,8 +67,9 @@ def test_a_file_asks_for_a_checkpoint_and_the_run_goes_on(
     try:
         wait_for_lines(config, process, 5)
         (config.run_dir / "SAVE").touch()
-        wait_for_lines(config, process, lines(config.run_dir) + 20)
+        wait_until(config, process, lambda: len(find_all(config.run_dir / "checkpoints")) == 1)
         assert not (config.run_dir / "SAVE").exists()
+        wait_for_lines(config, process, lines(config.run_dir) + 20)
         assert len(find_all(config.run_dir / "checkpoints")) == 1
         os.kill(process.pid, signal.SIGINT)
         os.kill(process.pid, signal.SIGINT)

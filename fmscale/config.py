@@ -154,8 +154,13 @@ class EngineConfig(Section):
     """DeepSpeed ZeRO: 1 shards optimizer state and EMA, 2 gradients too, 3 weights too."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the network; weights, moments and EMA are kept in fp32."""
+    offload: Literal["none", "optimizer"] = "none"
+    """`optimizer` keeps fp32 weights, moments and EMA in host memory, where the update then happens: the GPU holds only
+    what forward and backward need, and each step takes longer."""
     recompute_every: Annotated[int, Field(ge=0)] = 0
     """Every so many-th block forgets its activations and computes them again: less memory, more time; 0 is none."""
+    recompute: tuple[str, ...] = ()
+    """Parts of the other blocks that do the same, by name, for instance [mlp]; a wrong name is told the right ones."""
     compile: bool = False
     """Compile each block with torch.compile; the first step of each bucket takes a minute or more."""
     deepspeed: dict[str, Any] = {}

@@ -41,7 +41,9 @@ FREE_KEYS = {
     "data.max_bad_fraction",
     "ema.snapshot_every_steps",
     "engine.zero_stage",
+    "engine.offload",
     "engine.recompute_every",
+    "engine.recompute",
     "engine.compile",
 }
 DATASET = "dataset.json"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmscale.batch import Batch, prefetch
 from fmscale.config import TrainConfig
@@ -28,7 +28,7 @@ from fmscale.distributed import World, barrier, same_everywhere, world_from_envi
 from fmscale.draws import Draws, draw_noise, draw_step, drop_text
 from fmscale.encoders.text import assemble
 from fmscale.engine import checkpoint as checkpoints
-from fmscale.engine.blocks import compile_blocks, recompute
+from fmscale.engine.blocks import prepare
 from fmscale.engine.metrics import append, keep_before
 from fmscale.engine.optim import SIGMA_PREFIX, AdamWEMA, ema_names, learning_rate, parameter_groups
 from fmscale.engine.saver import Folder, Retention, SaveError, Saver
@@ -142,7 +142,7 @@ def check_setup(config: TrainConfig, world_size: int, allowed: Allowed = STRICT)
     check_gallery(config, dataset)
     engine_settings(config, split(config.global_batch, world_size, config.micro_batch).micro_batch)
     with torch.device("meta"):
-        shapes = {name: tuple(weight.shape) for name, weight in build_model(config).named_parameters()}
+        shapes = {name: tuple(weight.shape) for name, weight in build_network(config).named_parameters()}
     check_run_dir(config, allowed.config_change)
     if (found := checkpoints.latest(checkpoints_dir(config.run_dir))) is not None:
         dataset = check_checkpoint(config, dataset, found, shapes, allowed)
@@ -186,11 +186,7 @@ def shards_seen(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
 def build_engine(config: TrainConfig, device: torch.device, micro_batch: int) -> Engine:
     """The freshly initialised model under ZeRO."""
     torch.manual_seed(config.seed)
-    model = build_model(config).to(device)
-    blocks = list(model.get_submodule("blocks").children())
-    recompute(blocks, config.engine.recompute_every)
-    if config.engine.compile:
-        compile_blocks(blocks)
+    model = build_network(config).to(device)
     options = config.optimizer
     optimizer = AdamWEMA(
         parameter_groups(model, options.weight_decay),
@@ -201,7 +197,14 @@ def build_engine(config: TrainConfig, device: torch.device, micro_batch: int) ->
         ema_sigma_rels=config.ema.sigma_rels,
         ema_warmup=config.ema.warmup,
     )
-    return Engine(model, optimizer, engine_settings(config, micro_batch))
+    return Engine(model, optimizer, engine_settings(config, micro_batch), options.clip_norm)
+
+
+def build_network(config: TrainConfig) -> nn.Module:
+    """The freshly initialised model, with what the config asks of its blocks."""
+    part, model = config.engine, build_model(config)
+    prepare(model.get_submodule("blocks").children(), part.recompute_every, part.recompute, part.compile)
+    return model
 
 
 def engine_settings(config: TrainConfig, micro_batch: int) -> dict[str, Any]:
@@ -210,8 +213,8 @@ def engine_settings(config: TrainConfig, micro_batch: int) -> dict[str, Any]:
     Raises:
         UserError: `engine.deepspeed` holds a key that is not the user's to set.
     """
-    part, clip_norm = config.engine, config.optimizer.clip_norm
-    return deepspeed_config(part.zero_stage, part.dtype, micro_batch, clip_norm, part.deepspeed)
+    part = config.engine
+    return deepspeed_config(part.zero_stage, part.dtype, micro_batch, part.offload, part.deepspeed)
 
 
 def resume(
@@ -359,7 +362,7 @@ class StepResult(NamedTuple):
 
     tally: Tally
     loss_ratio: Tensor
-    grad_norm: float | Tensor
+    grad_norm: Tensor
     gradient: Look | None
     lr: float
     applied: bool
@@ -393,7 +396,7 @@ def train_step(job: Job, batches: Iterator[Batch], step: int, wish: Wish) -> Ste
         job.engine.backward(loss, last)
     job.watch.at(step, "updating the weights")
     lr, look = learning_rate_at(config, step), look_at(job, step)
-    applied = job.engine.step(lr, look)
+    applied = bool(job.engine.step(lr, look))
     gradient = look.share() if look is not None and applied else None
     if not applied:
         append(config.run_dir / SKIPPED, [{"step": step + 1, "keys": [key for key in keys if key]}])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmscale.engine.posthoc import power_decay
+from fmscale.engine.posthoc import Number, power_decay
 
 EMA_PREFIX = "ema_"
 SIGMA_PREFIX = f"{EMA_PREFIX}sigma_"
@@ -33,12 +33,12 @@ def ema_names(decays: Sequence[float], sigma_rels: Sequence[float]) -> list[str]
     return [*map(ema_name, decays), *map(sigma_name, sigma_rels)]
 
 
-def ema_decay(decay: float, updates: int, warmup: bool = True) -> float:
+def ema_decay(decay: float, updates: Number, warmup: bool = True) -> Number | float:
     """The decay in force at an update: short memory at first, so that the average forgets the initial weights.
 
     Args:
         decay: the final decay, in (0, 1).
-        updates: optimizer updates done so far, this one included, >= 1.
+        updates: optimizer updates done so far, this one included, >= 1; a number, or a float64 scalar on a device.
         warmup: False has the final decay in force from the first update on.
 
     Returns:
@@ -46,7 +46,10 @@ def ema_decay(decay: float, updates: int, warmup: bool = True) -> float:
 
     Source: `tf.train.ExponentialMovingAverage`, whose `num_updates` argument does the same.
     """
-    return min(decay, (1 + updates) / (10 + updates)) if warmup else decay
+    if not warmup:
+        return decay
+    rising = (1 + updates) / (10 + updates)
+    return rising.clamp(max=decay) if isinstance(rising, Tensor) else min(decay, rising)
 
 
 class AdamWEMA(torch.optim.AdamW):
@@ -77,9 +80,11 @@ class AdamWEMA(torch.optim.AdamW):
         super().__init__(params, fused=True, **others)
         fixed = {ema_name(decay): functools.partial(ema_decay, decay, warmup=ema_warmup) for decay in ema_decays}
         power = {sigma_name(sigma): functools.partial(power_decay, sigma) for sigma in ema_sigma_rels}
-        self.averages: dict[str, Callable[[int], float]] = {**fixed, **power}
-        self._updates: dict[Tensor, int] = {}  # as state["step"], which on a GPU would have to be waited for
+        self.averages: dict[str, Callable[[Any], Any]] = {**fixed, **power}
         self.look: Callable[[Sequence[Tensor]], None] | None = None  # shown what is updated while it has its gradient
+        # Read by torch's kernel, on the device: what a gradient is divided by; and 1 where the step is to be dropped.
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
 
     def init_state(self, param: Tensor) -> None:
         """Give a parameter its state if it has none: zero moments, averages equal to the weights."""
@@ -91,21 +96,14 @@ class AdamWEMA(torch.optim.AdamW):
         state["exp_avg_sq"] = torch.zeros_like(param)
         for name in self.averages:
             state[name] = param.detach().clone()
-        self._updates[param] = 0
 
     def updates(self, param: Tensor) -> int:
-        """Updates of a parameter so far; the device is not asked."""
-        return self._updates[param]
+        """Updates of a parameter so far, for which the device is waited for: it alone knows which were dropped."""
+        return int(self.state[param]["step"].item())
 
     def set_updates(self, param: Tensor, count: int) -> None:
         """Go on as if a parameter had had so many updates."""
-        self._updates[param] = count
         self.state[param]["step"].fill_(count)
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        """As torch's optimizers do."""
-        super().load_state_dict(state_dict)
-        self._updates = {param: int(state["step"]) for param, state in self.state.items()}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -118,24 +116,24 @@ class AdamWEMA(torch.optim.AdamW):
         if self.look is not None:
             self.look(updated)
         super().step()
-        for param in updated:
-            self._updates[param] += 1
         self.update_averages(updated)
 
     @torch.no_grad()
     def update_averages(self, params: Sequence[Tensor]) -> None:
         """Move every average of these parameters towards their weights, in place: average += (1 − β)(weight − average).
 
-        One call for all of them, and no temporary: for each average the weights are read, and it is read and written.
+        With no temporary: for each average the weights are read, and it is read and written.
         (Pieces that stay in the cache for the next average gain nothing, and lose much where threads share cores.)
         """
-        averages, weights, shares = list[Tensor](), list[Tensor](), list[float]()
         for param in params:
-            averages += [self.state[param][name] for name in self.averages]
-            weights += [param] * len(self.averages)
-            shares += [1 - decay(self._updates[param]) for decay in self.averages.values()]
-        if averages:
-            torch._foreach_lerp_(averages, weights, shares)
+            for name in self.averages:
+                self.state[param][name].lerp_(param, self._share(param, name))
+
+    def _share(self, param: Tensor, name: str) -> Tensor:
+        """1 − β, or 0 where a step is dropped; a fp32 scalar on the device, which alone knows the count of updates."""
+        count = self.state[param]["step"].double().clamp(min=1)
+        share = torch.ones_like(count) - self.averages[name](count)
+        return (share if self.found_inf is None else share * (1 - self.found_inf)).float()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+Number = TypeVar("Number", float, Tensor)
 WIDEST = 0.28  # of the relative widths; γ = 0, the mean of all weights, has 12^(-1/2) = 0.289
 HALVINGS = 64  # of an interval of 1/σ_rel, which then is below the last bit of γ
 CUTOFF = 1e-12  # directions of less weight are rounding: two snapshots of the same update, for instance
@@ -68,16 +70,16 @@ def exponent(sigma_rel: float) -> float:
     return (low + high) / 2
 
 
-def power_decay(sigma_rel: float, updates: int) -> float:
+def power_decay(sigma_rel: float, updates: Number) -> Number:
     """The decay in force at an update: β = (1 − 1/n)^(γ + 1); the first update forgets the initial weights.
 
     Args:
         sigma_rel: in (0, `WIDEST`).
-        updates: n, optimizer updates done so far, this one included, >= 1.
+        updates: n, optimizer updates done so far, this one included, >= 1; a number, or a float64 scalar on a device.
 
     Source: eq. 127.
     """
-    return float((1 - 1 / updates) ** (exponent(sigma_rel) + 1))
+    return (1 - 1 / updates) ** (exponent(sigma_rel) + 1)
 
 
 def combine(known: Sequence[Response], wanted: Response) -> Combination:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmscale.distributed import World, free_port, rank_environment
+from fmscale.distributed import World, free_port, rank_environment, world_from_environment
 from fmscale.engine.optim import EMA_PREFIX, AdamWEMA
+from fmscale.engine.tail import Tail
 from fmscale.errors import UserError
 
 WEIGHT = "weight"
@@ -79,6 +80,7 @@ OURS = (  # what the loop, the optimizer and the checkpoints rely on
     "zero_optimization.offload_param",
     "zero_optimization.zero_hpz_partition_size",
     "zero_optimization.mics_shard_size",
+    "zero_force_ds_cpu_optimizer",
     "data_types",
     "prescale_gradients",
     "gradient_predivide_factor",
@@ -86,7 +88,7 @@ OURS = (  # what the loop, the optimizer and the checkpoints rely on
 
 
 def deepspeed_config(
-    zero_stage: int, dtype: str, micro_batch: int, clip_norm: float, raw: Mapping[str, Any] | None = None
+    zero_stage: int, dtype: str, micro_batch: int, offload: str = "none", raw: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The settings DeepSpeed runs with.
 
@@ -94,26 +96,31 @@ def deepspeed_config(
         zero_stage: 1, 2 or 3.
         dtype: `bf16` or `fp32`.
         micro_batch: images per rank and backward.
-        clip_norm: largest global gradient norm, 0 for none.
+        offload: `optimizer` keeps fp32 weights, moments and averages in host memory, `none` on the device.
         raw: DeepSpeed's own settings, laid over these.
 
     Raises:
         UserError: `raw` has a key that fmscale decides.
     """
+    several_gpus = torch.cuda.is_available() and world_from_environment().world_size > 1
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,  # the loop says where a step ends: see `Engine.backward`
-        "gradient_clipping": clip_norm,
+        "gradient_clipping": 0.0,  # `Tail` clips
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
         "zero_optimization": {
             "stage": zero_stage,
             "use_multi_rank_bucket_allreduce": False,  # reduce each rank's part to it, not everything to all
-            "overlap_comm": torch.cuda.is_available(),
+            "overlap_comm": several_gpus,  # costs a wait for the device after each backward pass
         },
     }
+    if offload == "optimizer":
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed would compile an AdamW of its own, without averages
     if dtype == "bf16":
-        config["bf16"] = {"enabled": True}
+        config["bf16"] = {"enabled": True, "check_grad_overflow": False}  # `Tail` finds what is not finite
         if zero_stage > 1:  # under stage 1 fp32 accumulation would select an optimizer with unsharded gradients
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return _laid_over(config, raw or {})
@@ -139,9 +146,10 @@ class Engine:
         model: on any device, with fp32 weights.
         optimizer: over the model's parameters; under ZeRO it sees flat fp32 partitions.
         config: from `deepspeed_config`.
+        clip_norm: largest global gradient norm, 0 for none.
     """
 
-    def __init__(self, model: nn.Module, optimizer: AdamWEMA, config: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, optimizer: AdamWEMA, config: dict[str, Any], clip_norm: float) -> None:
         import deepspeed
 
         self.optimizer = optimizer
@@ -154,6 +162,7 @@ class Engine:
         self.engine, self.zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         for flat in self._flat_partitions():
             optimizer.init_state(flat)
+        self.tail = Tail(self.zero, self.stage, self._flat_partitions(), optimizer, clip_norm, self.params[0].device)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """The model's forward pass."""
@@ -169,27 +178,28 @@ class Engine:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
         self.engine.backward(loss)
 
-    def step(self, lr: float, look: Callable[[dict[str, Tensor]], None] | None = None) -> bool:
+    def step(self, lr: float, look: Callable[[dict[str, Tensor]], None] | None = None) -> Tensor:
         """Clip, update weights, moments and averages, and clear the gradients.
 
         Args:
             lr: learning rate.
-            look: is shown this rank's pieces of the clipped gradient by parameter, flat and fp32, one partition after
-                another; of a step that is not applied it sees nothing.
+            look: is shown this rank's pieces of the gradient by parameter, before clipping, flat and fp32, one
+                partition after another; of a step that is not applied too.
 
         Returns:
-            False where a gradient was not finite on any rank: then nothing was changed anywhere.
+            bool scalar, which the host need not wait for: False where a gradient was not finite on any rank. Then
+            nothing was changed anywhere.
         """
         for group in self.zero.param_groups:
             group["lr"] = lr
         self.optimizer.look = None if look is None else lambda flats: look(self._gradients(flats))
         self.engine.step()
-        return bool(self.engine.was_step_applied())
+        return self.tail.applied
 
     @property
-    def grad_norm(self) -> float | Tensor:
-        """Global norm of the last step's gradient, before clipping."""
-        return self.engine.get_global_grad_norm()
+    def grad_norm(self) -> Tensor:
+        """Global norm of the last step's gradient, before clipping; a scalar on the device."""
+        return self.tail.norm
 
     @property
     def updates(self) -> int:

@@ -112,7 +112,7 @@ def make_engine(cell: Cell, world_size: int) -> Engine:
     model = make_model()
     optimizer = AdamWEMA(parameter_groups(model, 0.1), ema_decays=DECAYS, **OPTIONS)
     micro = GLOBAL_BATCH // world_size // cell.accumulation
-    return Engine(model, optimizer, deepspeed_config(cell.stage, cell.dtype, micro, CLIP_NORM))
+    return Engine(model, optimizer, deepspeed_config(cell.stage, cell.dtype, micro), CLIP_NORM)
 
 
 def train_step(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from fmscale import __version__
-from fmscale.errors import OutageError, UserError
+from fmscale.errors import OutageError, SharedError, UserError
 
 _PATH_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 DONE, FAULT, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -56,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
 
         log.setup()
         return command.run(args) or DONE
+    except SharedError as error:
+        return _refuse(args.command, str(error)) if _rank() == "0" else MISTAKE
     except UserError as error:
         return _refuse(args.command, str(error))
     except OutageError as error:
@@ -89,9 +91,12 @@ def _refuse(command: str, why: str) -> int:
 
 def _say(command: str, what: str) -> None:
     """One line on the error output, with the rank where there are several."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
     line = " ".join(what.split("\n"))
-    print(f"fmscale {command}: {'' if rank == '0' else f'rank {rank}: '}{line}", file=sys.stderr)
+    print(f"fmscale {command}: {'' if _rank() == '0' else f'rank {_rank()}: '}{line}", file=sys.stderr)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
 
 
 def _overview() -> argparse.ArgumentParser:

@@ -6,18 +6,19 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fmscale.errors import UserError
+from fmscale.errors import SharedError, UserError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 GRACE_S = 12.0  # in which ranks name the one that they miss
+Result = TypeVar("Result")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # save, and end well
 
 
@@ -187,6 +188,55 @@ def any_rank(flag: bool, device: torch.device, group: Any = None) -> bool:
     import torch
 
     return bool(total(torch.tensor([float(flag)], device=device), group).item() > 0)
+
+
+def first_text(text: str, device: torch.device, group: Any = None) -> str:
+    """What the first rank with something to say says, on every rank: `rank 3: …`; empty where all are silent.
+
+    Args:
+        text: what this rank says, or nothing.
+        device: where the collective runs.
+        group: of all ranks, in place of the default one.
+    """
+    import torch
+
+    if not torch.distributed.is_initialized() or (count := torch.distributed.get_world_size()) == 1:
+        return text
+    rank, said = torch.distributed.get_rank(), text.encode()
+    lengths = torch.zeros(count, dtype=torch.int32, device=device)
+    lengths[rank] = len(said)
+    speakers = total(lengths, group).tolist()
+    first = next((speaker for speaker, length in enumerate(speakers) if length), None)
+    if first is None:
+        return ""
+    letters = torch.zeros(speakers[first], dtype=torch.int32, device=device)
+    if rank == first:
+        letters += torch.tensor(list(said), dtype=torch.int32, device=device)
+    return f"rank {first}: {bytes(total(letters, group).tolist()).decode()}"
+
+
+def everywhere(action: Callable[[], Result], device: torch.device, group: Any = None) -> Result:
+    """Do `action` on this rank; returns when all ranks have done it.
+
+    Args:
+        action: contains no collective, so that no rank waits within it for one that has failed.
+        device, group: as for `first_text`.
+
+    Raises:
+        SharedError: on every rank, if the action failed on any; names the first. Where it failed for another reason
+            than the user or the machine, that rank raises what went wrong.
+    """
+    mine: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        mine = error
+    said = first_text("" if mine is None else str(mine) or repr(mine), device, group)
+    if mine is not None and not isinstance(mine, (UserError, OSError)):
+        raise mine
+    if said:
+        raise SharedError(said) from mine
+    return result
 
 
 def from_main(value: int, device: torch.device) -> int:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fmscale import __version__
 from fmscale.encode import STORAGE
 from fmscale.errors import UserError
 from fmscale.files import new_folder
 from fmscale.log import get_logger
-from fmscale.models.names import POSITIONS, diffusers_config, to_diffusers
-from fmscale.runs import Run, Weights, open_run
+from fmscale.models.names import POSITIONS, diffusers_config, diffusers_layout, position_parts
+from fmscale.runs import Run, Weights, use_run
 from fmscale.sample import EXPORT_NOTE, load_frozen, parse_roles
+from fmscale.stream import stream_weights
 
 log = get_logger(__name__)
 
@@ -25,15 +29,15 @@ log = get_logger(__name__)
 def export_command(args: argparse.Namespace) -> None:
     """`fmscale export`."""
     weights = args.ema_std or args.weights or "ema"
-    run = open_run(Path(args.run_dir), args.step, weights)
-    export(
-        run,
-        Path(args.out),
-        weights,
-        args.dtype,
+    write = functools.partial(
+        export,
+        out=Path(args.out),
+        weights=weights,
+        dtype=args.dtype,
         vae=args.vae,
         text_encoders=parse_roles(args.text_encoder),
     )
+    use_run(Path(args.run_dir), args.step, weights, write)
 
 
 def export(
@@ -69,7 +73,7 @@ def export(
             frozen_vae.model.register_to_config(shift_factor=0.0)
         t5_model, t5_tokenizer = _t5(encoders, run.config.model.context_dim)
         pipeline = StableDiffusion3Pipeline(
-            transformer=_transformer(run, weights, STORAGE[dtype]),
+            transformer=_blueprint(run),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=run.config.flow.shift),
             vae=frozen_vae.model,
             text_encoder=encoders["clip_l"].model,
@@ -79,7 +83,12 @@ def export(
             text_encoder_3=t5_model,
             tokenizer_3=t5_tokenizer,
         )
-        pipeline.save_pretrained(folder, safe_serialization=True)
+        pipeline.save_config(folder)
+        for name, part in pipeline.components.items():
+            if name == "transformer":
+                write_transformer(run, folder / name, weights, STORAGE[dtype])
+            elif part is not None:
+                part.save_pretrained(folder / name)
         (folder / EXPORT_NOTE).write_text(json.dumps(_note(run, weights), indent=1) + "\n")
         (folder / "README.md").write_text(model_card(run, weights, dtype))
     log.info("exported %s weights of step %d to %s", run.weight_kind(weights), run.checkpoint.step, out)
@@ -113,19 +122,35 @@ def _model_kwargs(run: Run) -> dict[str, Any]:
     return run.config.model.model_dump(exclude={"family"})
 
 
-def _transformer(run: Run, weights: Weights, dtype: torch.dtype) -> torch.nn.Module:
+def _blueprint(run: Run) -> Any:
+    """The transformer as diffusers builds it, without memory for its weights."""
     from diffusers import SD3Transformer2DModel
 
     kwargs = _model_kwargs(run)
-    config = diffusers_config(kwargs, sample_size=kwargs["base_size"] * kwargs["patch_size"])
     with torch.device("meta"):
-        transformer = SD3Transformer2DModel(**config)
-    state = {
-        name: value if name == POSITIONS else value.to(dtype)  # 16 bits would move the positions
-        for name, value in to_diffusers(run.state(weights), kwargs).items()
-    }
-    transformer.load_state_dict(state, assign=True)
-    return transformer
+        return SD3Transformer2DModel(**diffusers_config(kwargs, kwargs["base_size"] * kwargs["patch_size"]))
+
+
+def write_transformer(run: Run, folder: Path, weights: Weights, dtype: torch.dtype) -> None:
+    """Write a run's network as SD3Transformer2DModel, a little at a time.
+
+    Args:
+        run: an open run.
+        folder: to make.
+        weights: as for `export`.
+        dtype: of the weights; the position grid stays in float32, since 16 bits would move the positions.
+
+    Raises:
+        UserError: the checkpoint is damaged, or has no such weights.
+    """
+    kwargs = _model_kwargs(run)
+    _blueprint(run).save_config(folder)
+    learned = run.parts(weights)
+
+    def parts(name: str) -> Iterable[tuple[int, Tensor]]:
+        return position_parts(kwargs) if name == POSITIONS else learned(name)
+
+    stream_weights(folder, diffusers_layout(kwargs), parts, dtype, full={POSITIONS})
 
 
 def _note(run: Run, weights: Weights) -> dict[str, Any]:

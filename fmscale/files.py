@@ -6,13 +6,17 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from fmscale.errors import UserError
 
 READ_BYTES = 1 << 20
+THREADS = 2  # one waits for the disk while the other computes
+Item = TypeVar("Item")
 
 
 def sha256(*files: Path) -> str:
@@ -47,6 +51,18 @@ def replace_text(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def in_threads(action: Callable[[Item], None], items: Iterable[Item]) -> None:
+    """Do `action` for each item, in a few threads; where one fails, its error is raised and no further one is begun."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        begun = [threads.submit(action, item) for item in items]
+        try:
+            for future in begun:
+                future.result()
+        finally:
+            for future in begun:
+                future.cancel()
 
 
 @contextmanager

@@ -211,7 +211,7 @@ def run_training(config_path: Path, nproc: int) -> None:
         train(config)
     elif code := spawn(["train", str(config_path)], nproc):
         raise UserError(f"training ended with exit code {code}; see the lines above")
-    if open_run(config.run_dir).checkpoint.step < config.steps:
+    if open_run(config.run_dir, weights=None).checkpoint.step < config.steps:
         raise UserError(f"training was stopped; `fmscale train {config_path}` goes on with it")
 
 

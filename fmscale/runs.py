@@ -11,16 +11,17 @@ RUN/config.yaml       the merged config, written first
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fmscale import __version__
 from fmscale.config import TrainConfig, check, dump, flatten, load
@@ -47,6 +48,7 @@ FREE_KEYS = {
     "engine.compile",
 }
 DATASET = "dataset.json"
+Result = TypeVar("Result")
 Weights = str | float  # of a run: `ema`, `raw`, or the relative width of an average that is made from snapshots
 FREE_PARTS = ("checkpoint.", "guard.", "log.", "data.remote.")
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "webdataset", "safetensors", "numpy")
@@ -188,24 +190,47 @@ class Run:
             raise UserError(f"{self.path}: was trained without EMA; only its raw weights can be had (--weights raw)")
         return names[0]
 
-    def parameters(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's name and its weights, float32, one at a time.
+    def state(self, weights: Weights) -> dict[str, Tensor]:
+        """Weights by parameter name, float32.
 
         Raises:
             UserError: the checkpoint is damaged, has no such weights, or there is nothing to make them from.
         """
-        from fmscale.engine.checkpoint import Fragments, verify
+        from fmscale.engine.checkpoint import Fragments
+
+        if (average := self._made(weights)) is not None:
+            return {name: average(name) for name in self.checkpoint.index["parameters"]}
+        return dict(Fragments(self.checkpoint).full(self.weight_kind(weights)))
+
+    def parts(self, weights: Weights) -> Callable[[str], Iterable[tuple[int, Tensor]]]:
+        """Reads a parameter a little at a time.
+
+        Returns:
+            A function of a parameter's name that gives stretches of the flattened parameter, float32, and where each
+            begins, in any order; it may be called by several threads. Both raise UserError as `state` does.
+        """
+        from fmscale.engine.checkpoint import Fragments
+
+        if (average := self._made(weights)) is not None:
+            return lambda name: [(0, average(name).flatten())]
+        return functools.partial(Fragments(self.checkpoint).chunks, self.weight_kind(weights))
+
+    def _made(self, weights: Weights) -> Callable[[str], Tensor] | None:
+        """Makes parameters of an average that training did not track; None for other weights."""
         from fmscale.engine.snapshots import make_average
+
+        if not isinstance(weights, float) or self.sources(weights) == [self.weight_kind(weights)]:
+            return None
+        return make_average(snapshots_dir(self.path), self.checkpoint, self.config.ema.sigma_rels, weights)
+
+    def sources(self, weights: Weights) -> list[str]:
+        """Names of the weights that have to be read for these."""
+        from fmscale.engine.optim import sigma_name
 
         kind = self.weight_kind(weights)
         if isinstance(weights, float) and kind not in self.checkpoint.index["kinds"]:
-            return make_average(snapshots_dir(self.path), self.checkpoint, self.config.ema.sigma_rels, weights)
-        verify(self.checkpoint)
-        return Fragments(self.checkpoint).full(kind)
-
-    def state(self, weights: Weights) -> dict[str, Tensor]:
-        """All that `parameters` gives, by name."""
-        return dict(self.parameters(weights))
+            return [sigma_name(width) for width in self.config.ema.sigma_rels]
+        return [kind]
 
     def model(self, weights: Weights) -> nn.Module:
         """The network with its weights, on the CPU in float32, in evaluation mode."""
@@ -224,27 +249,53 @@ def build_model(config: TrainConfig) -> nn.Module:
     return MODELS[config.model.family](**config.model.model_dump(exclude={"family"}))
 
 
-def open_run(path: Path, step: int | None = None, weights: Weights = "ema") -> Run:
+def open_run(path: Path, step: int | None = None, weights: Weights | None = "ema") -> Run:
     """Open a run directory for reading.
 
     Args:
         path: the directory that `fmscale train` was given as run_dir.
-        step: of the checkpoint; None for the newest.
-        weights: that will be read; for those made from snapshots, a snapshot of the step will do.
+        step: of the checkpoint; None for the newest whose weights are sound: damaged ones are named and passed over.
+        weights: that will be read, and are looked at; for those made from snapshots, a snapshot of the step will do.
+            None for none, so that they need not be sound.
 
     Raises:
-        UserError: not a run directory, or no such checkpoint.
+        UserError: not a run directory, no such checkpoint, or damaged weights.
+    """
+    from fmscale.engine.checkpoint import verify
+
+    def sound(run: Run) -> Run:
+        if weights is not None:
+            verify(run.checkpoint, run.sources(weights))
+        return run
+
+    return use_run(path, step, weights, sound)
+
+
+def use_run(path: Path, step: int | None, weights: Weights | None, use: Callable[[Run], Result]) -> Result:
+    """Do something with the weights of a run directory that reads them all, so that they need no look beforehand.
+
+    Args:
+        path, step, weights: as for `open_run`.
+        use: is called again with an older checkpoint where it finds the newest to be damaged.
+
+    Returns:
+        What `use` returns.
+
+    Raises:
+        UserError: as for `open_run`.
     """
     from fmscale.engine.checkpoint import at_step, find_all, step_of
+
+    def opened(checkpoint: Checkpoint) -> Result:
+        config = check(TrainConfig, checkpoint.index["description"]["config"], str(checkpoint.path / "index.json"))
+        return use(Run(path, config, checkpoint))
 
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path}: not a run directory (no config.yaml in it)")
     root, snapshots = checkpoints_dir(path), snapshots_dir(path)
     if isinstance(weights, float) and step is not None and step in map(step_of, find_all(snapshots)):
         root = snapshots
-    checkpoint = at_step(root, step)
-    config = check(TrainConfig, checkpoint.index["description"]["config"], str(checkpoint.path / "index.json"))
-    return Run(path, config, checkpoint)
+    return at_step(root, step, opened)
 
 
 def list_checkpoints(path: Path, deep: bool) -> int:
@@ -255,7 +306,7 @@ def list_checkpoints(path: Path, deep: bool) -> int:
         deep: also compare every file with its checksum.
 
     Returns:
-        Exit code: 0, or 2 where one is damaged.
+        Exit code: 0, or 2 where one is damaged or cannot be read.
 
     Raises:
         UserError: it holds none.
@@ -266,10 +317,12 @@ def list_checkpoints(path: Path, deep: bool) -> int:
     if not folders:
         raise UserError(f"{path}: holds no checkpoint; give a run directory that has saved one")
     print(f"{'step':>10}  {'saved':16}  {'size':>10}  {'ranks':>5}  state")
-    rows = [_describe(folder, deep) for folder in folders]
-    for _, line in rows:
-        print(line)
-    return 0 if all(sound for sound, _ in rows) else 2
+    all_sound = True
+    for folder in folders:
+        sound, line = _describe(folder, deep)
+        print(line, flush=True)
+        all_sound = all_sound and sound
+    return 0 if all_sound else 2
 
 
 def _describe(folder: Path, deep: bool) -> tuple[bool, str]:
@@ -279,11 +332,13 @@ def _describe(folder: Path, deep: bool) -> tuple[bool, str]:
     step = f"{int(folder.name.split('-')[1]):>10,}"
     try:
         found = open_checkpoint(folder)
+        saved = datetime.fromtimestamp((folder / "index.json").stat().st_mtime).strftime("%Y-%m-%d %H:%M")
         if deep:
             verify(found)
     except UserError as error:
         return False, f"{step}  damaged: {error}"
-    saved = datetime.fromtimestamp((folder / "index.json").stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+    except OSError as error:
+        return False, f"{step}  cannot be read: {error}"
     size = sum(partition["bytes"] for partition in found.index["partitions"])
     ranks = found.index["world_size"]
     return True, f"{step}  {saved}  {size / 1e9:>7.3f} GB  {ranks:>5}  {'sound' if deep else 'whole'}"

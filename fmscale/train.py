@@ -24,7 +24,7 @@ from fmscale.control import Delayed, Requests, Wish, outlive_signals, release_re
 from fmscale.data.loader import build_loader
 from fmscale.data.order import Split, split
 from fmscale.dataset import Dataset, go_on, open_dataset, read_shards
-from fmscale.distributed import World, barrier, same_everywhere, world_from_environment
+from fmscale.distributed import World, barrier, everywhere, same_everywhere, world_from_environment
 from fmscale.draws import Draws, draw_noise, draw_step, drop_text
 from fmscale.encoders.text import assemble
 from fmscale.engine import checkpoint as checkpoints
@@ -34,7 +34,7 @@ from fmscale.engine.optim import SIGMA_PREFIX, AdamWEMA, ema_names, learning_rat
 from fmscale.engine.saver import Folder, Retention, SaveError, Saver
 from fmscale.engine.statistics import Look
 from fmscale.engine.zero import Engine, deepspeed_config, init_process_group
-from fmscale.errors import OutageError, UserError
+from fmscale.errors import OutageError, SharedError, UserError
 from fmscale.flow.loss import velocity_mse
 from fmscale.flow.path import interpolate
 from fmscale.gallery import check_gallery
@@ -232,7 +232,7 @@ def resume(
     if found is None:
         return 0, dataset
     dataset = check_checkpoint(config, dataset, found, engine.shapes, allowed)
-    load(engine, found)
+    load(engine, found, world)
     guard.restore(found.index["description"]["loss_guard"])
     if world.is_main:
         checkpoints.set_aside_after(found)
@@ -240,9 +240,13 @@ def resume(
     return found.step, dataset
 
 
-def load(engine: Engine, found: checkpoints.Checkpoint) -> None:
-    """Weights, moments and averages of a checkpoint that fits."""
-    checkpoints.restore(found, engine.pieces())
+def load(engine: Engine, found: checkpoints.Checkpoint, world: World) -> None:
+    """Weights, moments and averages of a checkpoint that fits.
+
+    Raises:
+        SharedError: a rank could not read its part.
+    """
+    everywhere(lambda: checkpoints.restore(found, engine.pieces()), world.device)
     engine.updates = found.index["updates"]
     engine.refresh()
 
@@ -263,11 +267,11 @@ def go_back(job: Job, done: int, skipped: int, again: bool) -> None:
     wait_for_save(job)
     found = None if again else checkpoints.choose(checkpoints_dir(config.run_dir), job.world, before=done - skipped + 1)
     if found is None:
-        raise UserError(
+        raise SharedError(
             f"guard.max_skipped_steps: no gradient of the last {skipped} steps was finite, and there is no checkpoint "
             f"to go back to that would help; lower optimizer.lr, or look at the samples in {config.run_dir / SKIPPED}"
         )
-    load(job.engine, found)
+    load(job.engine, found, job.world)
     if job.world.is_main:
         checkpoints.discard_after(snapshots_dir(config.run_dir), found.step)
     log.error("step %d: back to the weights of %s; the data goes on", done, found.path)
@@ -321,7 +325,7 @@ def loop(job: Job, start: int) -> None:
         try:
             job.saver.wait()
         except SaveError as error:
-            raise UserError(f"{error}; mend that, then run the same command again") from error
+            raise SharedError(f"{error}; mend that, then run the same command again") from error
         reporter.close()
         requests.forget_files()
     ending = "done" if done == config.steps else "stopped as asked, the same command goes on from here"
@@ -483,7 +487,8 @@ def wait_for_save(job: Job) -> None:
     try:
         job.saver.wait()
     except SaveError as error:
-        log.error("%s; the run goes on", error)
+        if job.world.is_main:
+            log.error("%s; the run goes on", error)
 
 
 def _name_bad(run_dir: Path, batch: Batch) -> None:

@@ -1,8 +1,7 @@
 """A checkpoint is a folder of safetensors fragments: each rank writes what it owns, any world reads what it needs.
 
     step-00001000/index.json                              step, world, parameters' shapes, files' checksums, description
-                  partition-00000-of-00008.safetensors    `weight/NAME`, `exp_avg/NAME`, …: 1-D fp32 pieces
-                                                          metadata: where each NAME's piece starts
+                  partition-00000-of-00008.safetensors    one rank's pieces: see `fragments`
 
 A folder that bears its final name is whole: `saver` writes it under another name, syncs it to disk, then renames it.
 """
@@ -12,26 +11,29 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fmscale.distributed import World, any_rank, from_main
+from fmscale.distributed import World, first_text, from_main
+from fmscale.engine.fragments import DamagedError, Partition
 from fmscale.engine.zero import Piece
-from fmscale.errors import UserError
-from fmscale.files import sha256
+from fmscale.errors import SharedError, UserError
+from fmscale.files import in_threads
 from fmscale.log import get_logger
 
 log = get_logger(__name__)
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,})")
 DELETING = ".deleting-"
 WRITING = ".writing-"
-NONE, DAMAGED = -1, -2
+NONE = -1
+Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint's index and check that its files are there in full length.
 
     Raises:
-        UserError: not a whole checkpoint, or of another format.
+        DamagedError: not a whole checkpoint.
+        UserError: of another format.
         OSError: it cannot be read, which says nothing of what is in it.
     """
     try:
@@ -77,12 +80,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise ValueError("it is of another step, or has no files")
         sizes = {path / entry["name"]: entry["bytes"] for entry in index["partitions"]} if given == FORMAT else {}
     except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path}: not a whole checkpoint ({error})") from None
+        raise DamagedError(f"{path}: not a whole checkpoint ({error})") from None
     if given != FORMAT:
         raise UserError(f"{path}: checkpoint format {given}, this program reads {FORMAT}")
     for file, size in sizes.items():
         if not file.is_file() or file.stat().st_size != size:
-            raise UserError(f"{file}: missing or cut short")
+            raise DamagedError(f"{file}: missing or cut short")
     return Checkpoint(path, index)
 
 
@@ -95,29 +98,21 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def latest(root: Path, passed: Collection[int] = (), before: int | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint under `root`, or None where there never was one; those passed over are named.
+def latest(root: Path) -> Checkpoint | None:
+    """The newest whole checkpoint under `root`, or None where there never was one; content is not looked at.
 
     Args:
         root: a run's `checkpoints` folder.
-        passed: steps of checkpoints that were found damaged.
-        before: only those of earlier steps count; None for all.
 
     Raises:
         UserError: there are checkpoints, and not one of them is whole.
     """
     reason = ""
     for path in reversed(find_all(root)):
-        if before is not None and step_of(path) >= before:
-            continue
-        if step_of(path) in passed:
-            reason = reason or f"{path}: damaged"
-            continue
         try:
             return open_checkpoint(path)
         except UserError as error:
             reason = reason or str(error)
-            log.warning("passed over: %s", error)
     if reason:
         raise UserError(f"{root}: no checkpoint is whole ({reason}); give another run_dir to start anew")
     return None
@@ -126,40 +121,40 @@ def latest(root: Path, passed: Collection[int] = (), before: int | None = None) 
 def choose(root: Path, world: World, before: int | None = None) -> Checkpoint | None:
     """The newest checkpoint whose files hold what was written, the same on every rank; each reads its share of them.
 
-    Every rank calls it; rank 0, whose view of the file system may be newer, decides.
+    Every rank calls it; rank 0, whose view of the file system may be newer, decides, and names what is passed over.
 
     Args:
-        root, before: as for `latest`.
+        root: a run's `checkpoints` folder.
         world: this rank among the others.
+        before: only those of earlier steps count; None for all.
 
     Raises:
-        UserError: there are checkpoints, and not one of them is sound.
+        SharedError: there are checkpoints, and not one of them is sound.
     """
-    passed: set[int] = set()
-    while (step := from_main(_newest(root, passed, before) if world.is_main else NONE, world.device)) >= 0:
-        found, damage = None, ""
-        try:
-            found = open_checkpoint(root / f"step-{step:08d}")
-            verify(found, world.rank, world.world_size)
-        except (UserError, OSError) as error:
-            damage = str(error)
-            log.warning("passed over: %s", damage)
-        if not any_rank(bool(damage), world.device):
+    steps = [step_of(path) for path in find_all(root)] if world.is_main else []
+    candidates = iter(sorted((step for step in steps if before is None or step < before), reverse=True))
+    reason = ""
+    while (step := from_main(next(candidates, NONE), world.device)) != NONE:
+        found, damage = _examine(root / f"step-{step:08d}", world)
+        damage = first_text(damage, world.device)
+        if found is not None and not damage:
             return found
-        passed.add(step)
-    if step == DAMAGED:
-        raise UserError(f"{root}: no checkpoint is sound; give another run_dir to start anew")
+        if world.is_main:
+            log.warning("passed over: %s", damage)
+        reason = reason or damage
+    if reason:
+        raise SharedError(f"{root}: no checkpoint is sound ({reason}); give another run_dir to start anew")
     return None
 
 
-def _newest(root: Path, passed: Collection[int], before: int | None) -> int:
-    """Step of the newest whole checkpoint, `NONE`, or `DAMAGED` where there are others."""
+def _examine(path: Path, world: World) -> tuple[Checkpoint | None, str]:
+    """A checkpoint, or what is wrong with this rank's share of it."""
     try:
-        found = latest(root, passed, before)
+        found = open_checkpoint(path)
+        verify(found, rank=world.rank, world_size=world.world_size)
     except (UserError, OSError) as error:
-        log.warning("%s", error)
-        return DAMAGED
-    return NONE if found is None else found.step
+        return None, str(error) or repr(error)
+    return found, ""
 
 
 def set_aside_after(found: Checkpoint) -> None:
@@ -167,9 +162,12 @@ def set_aside_after(found: Checkpoint) -> None:
     for path in find_all(found.path.parent):
         if step_of(path) > found.step:
             aside = path.with_name(f".damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            log.warning("%s was set aside as %s", path, aside.name)
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                log.warning("%s was set aside as %s", path, aside.name)
+            except OSError as error:  # the run writes it anew when it comes to that step
+                log.warning("%s could not be set aside: %s", path, error)
 
 
 def discard(path: Path) -> None:
@@ -188,83 +186,105 @@ def discard_after(root: Path, step: int) -> None:
             discard(path)
 
 
-def at_step(root: Path, step: int | None) -> Checkpoint:
-    """The checkpoint of a step, or the newest whole one for None.
+def at_step(root: Path, step: int | None, opened: Callable[[Checkpoint], Opened]) -> Opened:
+    """What `opened` makes of the checkpoint of a step; for None of the newest one, passing over those that are damaged.
+
+    Args:
+        root: a run's `checkpoints` folder.
+        step: optimizer steps done, or None.
+        opened: called with a whole checkpoint; raises DamagedError where its content is not what was written.
 
     Raises:
-        UserError: there is none; the line names those that are there.
+        UserError: there is none, and the line names those that are there; or it is damaged, and so is any other.
+        OSError: its folder cannot be read.
     """
-    found = find_all(root)
-    newest = latest(root) if step is None else None
-    if not found:
+    paths = {step_of(path): path for path in find_all(root)}
+    if not paths:
         raise UserError(f"{root}: no checkpoint here; is this a run directory that has saved one?")
-    if newest is not None:
-        return newest
-    wanted = root / f"step-{step:08d}"
-    if wanted not in found:
-        raise UserError(
-            f"{root}: no checkpoint of step {step}; there are {', '.join(str(int(p.name[5:])) for p in found)}"
-        )
-    return open_checkpoint(wanted)
+    if step is not None:
+        if step not in paths:
+            raise UserError(f"{root}: no checkpoint of step {step}; there are {', '.join(map(str, paths))}")
+        return opened(open_checkpoint(paths[step]))
+    for path in reversed(paths.values()):
+        try:
+            return opened(open_checkpoint(path))
+        except DamagedError as error:
+            log.warning("passed over: %s", error)
+    raise UserError(f"{root}: no checkpoint is sound; the lines above say why")
 
 
-def verify(checkpoint: Checkpoint, rank: int = 0, world_size: int = 1) -> None:
+def verify(checkpoint: Checkpoint, kinds: Collection[str] | None = None, *, rank: int = 0, world_size: int = 1) -> None:
     """Compare checksums; each rank reads its share of the files.
 
+    Args:
+        checkpoint: a whole one.
+        kinds: of tensors that matter; None for all.
+        rank, world_size: this rank among those who share the work.
+
     Raises:
-        UserError: names the damaged file.
+        DamagedError: names the damaged file.
     """
-    for partition in checkpoint.index["partitions"][rank::world_size]:
-        file = checkpoint.path / partition["name"]
-        if sha256(file) != partition["sha256"]:
-            raise UserError(f"{file}: damaged: its checksum differs")
+    partitions = _partitions(checkpoint)[rank::world_size]
+    work = [(partition, key) for partition in partitions for key in partition.keys(kinds)]
+    in_threads(lambda item: item[0].check(item[1]), work)
+
+
+def _partitions(checkpoint: Checkpoint) -> list[Partition]:
+    return [
+        Partition(checkpoint.path / entry["name"], entry["head_bytes"], entry["head_sha256"])
+        for entry in checkpoint.index["partitions"]
+    ]
 
 
 class Fragments:
     """Random access to the parameters of a checkpoint, whatever world wrote it.
 
     Raises:
-        UserError: a kind or range that is asked for is not in the checkpoint.
+        DamagedError: it is not what was written, or cannot be read.
+        UserError: a kind or range that is asked for is not in it.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        from safetensors import safe_open
-
         self.checkpoint = checkpoint
-        self.files = [safe_open(checkpoint.path / p["name"], "pt") for p in checkpoint.index["partitions"]]
-        self.places: dict[str, list[tuple[int, Any]]] = {}
-        for file in self.files:
-            for name, start in json.loads(file.metadata()["starts"]).items():
-                self.places.setdefault(name, []).append((start, file))
+        self._places: dict[str, list[tuple[int, Partition]]] = {}
+        for partition in _partitions(checkpoint):
+            for name, start in partition.starts.items():
+                self._places.setdefault(name, []).append((start, partition))
 
-    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
-        """Elements start … start + length of a flattened parameter.
+    def chunks(self, kind: str, name: str, start: int = 0, length: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Elements start … start + length of a flattened parameter, some at a time, in any order.
 
         Args:
             kind: `weight`, `exp_avg`, `exp_avg_sq` or the name of an average.
             name: of the parameter.
+            start, length: all of it unless given.
 
-        Returns:
-            Shape (length,), float32.
+        Yields:
+            Where in the parameter they belong, and the elements, 1-D float32; no more than `fragments.CHUNK`.
         """
-        if kind not in self.checkpoint.index["kinds"] or name not in self.places:
+        if kind not in self.checkpoint.index["kinds"] or name not in self._places:
             raise UserError(f"{self.checkpoint.path}: holds no {kind} of {name}; is the config the one that wrote it?")
-        out = torch.empty(length)
-        filled = 0
-        for piece_start, file in self.places[name]:
-            piece = file.get_slice(f"{kind}/{name}")
-            low, high = max(start, piece_start), min(start + length, piece_start + piece.get_shape()[0])
-            if low < high:
-                out[low - start : high - start] = piece[low - piece_start : high - piece_start]
-                filled += high - low
+        length = prod(self.checkpoint.index["parameters"][name]) if length is None else length
+        key, filled = f"{kind}/{name}", 0
+        for begin, partition in self._places[name]:
+            low, high = max(start, begin), min(start + length, begin + partition.length(key))
+            for at, values in partition.chunks(key, low - begin, high - begin):
+                yield begin + at, values
+                filled += len(values)
         if filled != length:
             raise UserError(f"{self.checkpoint.path}: {kind} of {name} is incomplete: {filled} of {length} values")
+
+    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        """Elements start … start + length of a flattened parameter, shape (length,), float32."""
+        out = torch.empty(length)
+        for at, values in self.chunks(kind, name, start, length):
+            out[at - start : at - start + len(values)] = values
         return out
 
     def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """Every parameter of one kind, name and tensor, one at a time."""
         for name, shape in self.checkpoint.index["parameters"].items():
-            yield name, self.read(kind, name, 0, int(torch.Size(shape).numel())).reshape(shape)
+            yield name, self.read(kind, name, 0, prod(shape)).reshape(shape)
 
 
 def check_fits(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]], kinds: Iterable[str]) -> None:
@@ -297,9 +317,10 @@ def restore(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
         pieces: from `Engine.pieces`; call `Engine.refresh` afterwards.
 
     Raises:
-        UserError: it lacks something all the same.
+        UserError: it lacks something all the same, or cannot be read.
     """
     fragments = Fragments(checkpoint)
     for piece in pieces:
         for kind, tensor in piece.tensors.items():
-            tensor.copy_(fragments.read(kind, piece.name, piece.start, tensor.numel()))
+            for at, values in fragments.chunks(kind, piece.name, piece.start, tensor.numel()):
+                tensor.narrow(0, at - piece.start, len(values)).copy_(values)

@@ -1,14 +1,15 @@
 """Saving beside the training: a snapshot to host memory now, the files later, in a thread of their own.
 
     training thread    copies this rank's pieces to host memory, which every save uses again
-    background thread  writes the partition while it is summed, agrees with the other ranks, and on rank 0 writes the
-                       index, renames the folder and removes old checkpoints
+    background thread  writes the partition, agrees with the other ranks, and on rank 0 writes the index, renames the
+                       folder and removes old checkpoints
 
 The ranks' threads agree over a gloo group that nobody else uses, so that the training's collectives go on beside it.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -21,19 +22,20 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fmscale.distributed import World, any_rank, total
+from fmscale.distributed import World, everywhere, total
 from fmscale.engine.checkpoint import DELETING, FORMAT, WRITING, discard, find_all, is_whole, step_of
+from fmscale.engine.fragments import write_partition
 from fmscale.engine.zero import Piece
+from fmscale.errors import SharedError
 from fmscale.files import sync
 from fmscale.log import get_logger
 
 log = get_logger(__name__)
-DIGEST_BYTES = 32
 Result = TypeVar("Result")
 
 
 class SaveError(Exception):
-    """A checkpoint could not be written; the text says which and why. Older ones are untouched."""
+    """A checkpoint could not be written; the text says which and why, on every rank. Older ones are untouched."""
 
 
 class Retention(NamedTuple):
@@ -202,10 +204,9 @@ class Saver:
         need = int(total(torch.tensor([snapshot.bytes]), self._group))
         try:
             self._everywhere(final, lambda: self._begin(temporary, need) if rank == 0 else None)
-            digest, size = self._everywhere(final, lambda: self._write_partition(temporary / names[rank], snapshot))
+            head, size = self._everywhere(final, lambda: self._write_partition(temporary / names[rank], snapshot))
             index["partitions"] = [
-                {"name": name, "sha256": sha, "bytes": length}
-                for name, (sha, length) in zip(names, self._gather(digest, size), strict=True)
+                {"name": name, **entry} for name, entry in zip(names, self._gather(head, size), strict=True)
             ]
             self._everywhere(final, lambda: self._publish(folder, temporary, final, index) if rank == 0 else None)
         except SaveError:
@@ -215,16 +216,11 @@ class Saver:
 
     def _everywhere(self, what: Path, action: Callable[[], Result]) -> Result:
         """Do `action` on this rank; raise on every rank if it failed on any. Returns when all ranks have done it."""
-        failure = ""
         try:
-            result = action()
-        except Exception as error:  # whatever it is, the other ranks must not wait for this one
-            failure = str(error) if isinstance(error, OSError) else repr(error)
-        if any_rank(bool(failure), torch.device("cpu"), self._group):
-            raise SaveError(
-                f"{what}: the checkpoint could not be written: {failure or 'another rank failed, see its line'}"
-            )
-        return result
+            return everywhere(action, torch.device("cpu"), self._group)
+        except Exception as error:
+            said = str(error) if isinstance(error, SharedError) else repr(error)
+            raise SaveError(f"{what}: the checkpoint could not be written: {said}") from error
 
     def _begin(self, temporary: Path, need: int) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -235,21 +231,25 @@ class Saver:
             raise OSError(f"it needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
 
     def _write_partition(self, path: Path, snapshot: Snapshot) -> tuple[bytes, int]:
-        digest = hashlib.sha256()
+        """Returns the file's head, and its size."""
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if self._private else 0o666)
-        with open(descriptor, "wb", buffering=0) as file:
-            for part in safetensors_file(snapshot.tensors, {"starts": json.dumps(snapshot.starts)}):
-                digest.update(part)
-                write_all(file.fileno(), part)
-            os.fsync(file.fileno())
-        return digest.digest(), path.stat().st_size
+        try:
+            head = write_partition(descriptor, snapshot.tensors, snapshot.starts)
+            return head, os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
 
-    def _gather(self, digest: bytes, size: int) -> list[tuple[str, int]]:
-        """Every rank's (SHA-256 in hex, size), by a sum over ranks of rows in which each fills its own."""
-        rows = torch.zeros(self._world.world_size, DIGEST_BYTES + 8, dtype=torch.int32)
-        rows[self._world.rank] = torch.tensor(list(digest + size.to_bytes(8, "little")), dtype=torch.int32)
+    def _gather(self, head: bytes, size: int) -> list[dict[str, Any]]:
+        """What the index says of every rank's file, by a sum over ranks of rows in which each fills its own."""
+        own = hashlib.sha256(head).digest() + len(head).to_bytes(8, "little") + size.to_bytes(8, "little")
+        rows = torch.zeros(self._world.world_size, len(own), dtype=torch.int32)
+        rows[self._world.rank] = torch.tensor(list(own), dtype=torch.int32)
         table = [bytes(row) for row in total(rows, self._group).tolist()]
-        return [(row[:DIGEST_BYTES].hex(), int.from_bytes(row[DIGEST_BYTES:], "little")) for row in table]
+        number = functools.partial(int.from_bytes, byteorder="little")
+        return [
+            {"bytes": number(row[-8:]), "head_bytes": number(row[-16:-8]), "head_sha256": row[:-16].hex()}
+            for row in table
+        ]
 
     def _publish(self, folder: Folder, temporary: Path, final: Path, index: dict[str, Any]) -> None:
         index_path = temporary / "index.json"
@@ -257,7 +257,8 @@ class Saver:
         index_path.write_text(json.dumps(index, indent=1) + "\n")
         sync(index_path)
         sync(temporary)
-        shutil.rmtree(final, ignore_errors=True)  # a run that went back behind this step writes it again
+        if final.exists():  # a run that went back behind this step writes it again
+            discard(final)
         temporary.rename(final)
         sync(final.parent)
         try:
@@ -281,28 +282,3 @@ def prune(root: Path, retention: Retention, new: Path) -> None:
     for path in whole[: -retention.newest]:
         if path != new and (retention.every_steps is None or step_of(path) % retention.every_steps):
             discard(path)
-
-
-def safetensors_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterable[bytes | memoryview]:
-    """A file of 1-D float32 tensors, part by part and without a copy: its head, then each tensor's bytes.
-
-    Source: the format, as the safetensors library documents it.
-    """
-    table: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, tensor in tensors.items():
-        assert tensor.dtype == torch.float32, name
-        table[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
-        end += tensor.nbytes
-    head = json.dumps(table).encode()
-    head += b" " * (-len(head) % 8)
-    yield len(head).to_bytes(8, "little") + head
-    for tensor in tensors.values():
-        yield tensor.numpy().data.cast("B")
-
-
-def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Write bytes to a file; one call to the system writes less than 2 GiB, and may write less than that."""
-    left = memoryview(data)
-    while left:
-        left = left[os.write(descriptor, left) :]

@@ -5,7 +5,8 @@ A snapshot is a checkpoint folder that holds nothing but these averages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -24,9 +25,7 @@ NEGLIGIBLE = 1e-9  # a coefficient that float32 does not notice; its snapshot ne
 Term = tuple[Checkpoint, float, float]  # where an average is, its width, its coefficient
 
 
-def make_average(
-    root: Path, end: Checkpoint, tracked: Sequence[float], sigma_rel: float
-) -> Iterator[tuple[str, Tensor]]:
+def make_average(root: Path, end: Checkpoint, tracked: Sequence[float], sigma_rel: float) -> Callable[[str], Tensor]:
     """The average of any width, from snapshots of tracked ones.
 
     Args:
@@ -36,7 +35,8 @@ def make_average(
         sigma_rel: relative width that is wanted, in (0, `WIDEST`).
 
     Returns:
-        Every parameter's name and its average, float32, in its shape, summed in float64.
+        A function of a parameter's name that gives its average, float32, in its shape, summed in float64; it may be
+        called by several threads.
 
     Raises:
         UserError: no such width, no snapshots, or one is damaged.
@@ -60,8 +60,18 @@ def make_average(
     _tell(terms, end, sigma_rel, found.error)
     used = {source.path: source for source, _, _ in terms}
     for source in used.values():
-        verify(source)
-    return _sums(end, terms)
+        verify(source, [sigma_name(width) for width in tracked])
+    fragments = {path: Fragments(source) for path, source in used.items()}
+
+    def average(name: str) -> Tensor:
+        shape = end.index["parameters"][name]
+        total = torch.zeros(prod(shape), dtype=torch.float64)
+        for source, width, coefficient in terms:
+            for at, values in fragments[source.path].chunks(sigma_name(width), name):
+                total[at : at + len(values)].add_(values, alpha=coefficient)
+        return total.float().reshape(shape)
+
+    return average
 
 
 def _tell(terms: Sequence[Term], end: Checkpoint, sigma_rel: float, error: float) -> None:
@@ -72,13 +82,3 @@ def _tell(terms: Sequence[Term], end: Checkpoint, sigma_rel: float, error: float
     log.info("average of width %g at update %s: off by %.2g %% of its response", *shown)
     if error > ROUGH:
         log.warning("that is rough; a width nearer to the tracked ones, or denser snapshots, would do better")
-
-
-def _sums(end: Checkpoint, terms: Sequence[Term]) -> Iterator[tuple[str, Tensor]]:
-    fragments = {source.path: Fragments(source) for source, _, _ in terms}
-    for name, shape in end.index["parameters"].items():
-        count = torch.Size(shape).numel()
-        total = torch.zeros(count, dtype=torch.float64)
-        for source, width, coefficient in terms:
-            total.add_(fragments[source.path].read(sigma_name(width), name, 0, count), alpha=coefficient)
-        yield name, total.float().reshape(shape)

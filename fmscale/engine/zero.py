@@ -153,6 +153,7 @@ class Engine:
         import deepspeed
 
         self.optimizer = optimizer
+        self._shows_average = False
         self.stage: int = config["zero_optimization"]["stage"]
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.params = [p for p in model.parameters() if p.requires_grad]
@@ -190,6 +191,7 @@ class Engine:
             bool scalar, which the host need not wait for: False where a gradient was not finite on any rank. Then
             nothing was changed anywhere.
         """
+        assert not self._shows_average, "the gradient is that of averaged weights; call `refresh` first"
         for group in self.zero.param_groups:
             group["lr"] = lr
         self.optimizer.look = None if look is None else lambda flats: look(self._gradients(flats))
@@ -264,21 +266,23 @@ class Engine:
     def refresh(self) -> None:
         """Bring the weights of the forward pass in line with the fp32 pieces, after these were written to."""
         self._show(lambda flat: flat)
+        self._shows_average = False
 
     @contextmanager
     def averaged(self, kind: str) -> Iterator[None]:
         """The forward pass uses averaged weights while the block runs; afterwards all is as it was, to the bit.
 
-        Only the weights of the forward pass change, which are a rounded copy of the fp32 ones; every rank enters.
+        Only the weights of the forward pass change, which are a rounded copy of the fp32 ones; every rank enters. If
+        the block raises, the averages stay where they are, and no step can be taken before a `refresh` on every rank:
+        that is a collective, in which one rank that has failed would wait for others that are still in the block.
 
         Args:
             kind: name of the average, from `ema_names`.
         """
+        self._shows_average = True
         self._show(lambda flat: self.optimizer.state[flat][kind])
-        try:
-            yield
-        finally:
-            self.refresh()
+        yield
+        self.refresh()
 
     @torch.no_grad()
     def _show(self, source: Callable[[Tensor], Tensor]) -> None:

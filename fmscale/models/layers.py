@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -208,12 +208,33 @@ def position_features(
 
     Source: Esser et al. 2024, arXiv:2403.03206, sec. 5.3.2, "Positional Encodings for Varying Aspect Ratios".
     """
+    by_row, by_column = _position_tables(rows, columns, channels, max_size, base_size, device)
+    grid = [by_column.expand(rows, -1, -1), by_row[:, None].expand(-1, columns, -1)]
+    return torch.cat(grid, dim=-1).flatten(0, 1)
+
+
+def position_rows(*, channels: int, max_size: int, base_size: int) -> Iterator[Tensor]:
+    """The features of a whole max_size x max_size grid, which may be large, a row of patches at a time.
+
+    Args:
+        channels, max_size, base_size: as for `position_features`.
+
+    Returns:
+        max_size tensors, each of shape (max_size, channels), float32.
+    """
+    by_row, by_column = _position_tables(max_size, max_size, channels, max_size, base_size, "cpu")
+    for features in by_row:
+        yield torch.cat([by_column, features.expand(max_size, -1)], dim=-1)
+
+
+def _position_tables(
+    rows: int, columns: int, channels: int, max_size: int, base_size: int, device: torch.device | str
+) -> tuple[Tensor, ...]:
+    """Features of each row, shape (rows, channels / 2), and of each column."""
     starts = ((rows, (max_size - rows) // 2), (columns, (max_size - columns) // 2))
     steps = torch.cat([torch.arange(n, dtype=torch.float64, device=device) + start for n, start in starts])
     phases = angles((steps - (max_size - base_size) / 2) * (16 / base_size), channels // 4)
-    by_row, by_column = torch.cat([phases.sin(), phases.cos()], dim=-1).float().split((rows, columns))
-    grid = [by_column.expand(rows, -1, -1), by_row[:, None].expand(-1, columns, -1)]
-    return torch.cat(grid, dim=-1).flatten(0, 1)
+    return torch.cat([phases.sin(), phases.cos()], dim=-1).float().split((rows, columns))
 
 
 def zeros(tensor: Tensor, generator: torch.Generator | None) -> None:

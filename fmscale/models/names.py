@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmscale.errors import UserError
-from fmscale.models.layers import position_features
+from fmscale.models.layers import position_features, position_rows
 from fmscale.models.mmdit import MMDiT
 
 POSITIONS = "pos_embed.pos_embed"
@@ -70,6 +70,30 @@ def diffusers_names(name: str) -> tuple[str, ...]:
         return tuple(f"{theirs}.{leaf}" for theirs in MODULES[module])
     _, layer, inner = module.split(".", 2)
     return tuple(f"transformer_blocks.{layer}.{theirs}.{leaf}" for theirs in BLOCK_MODULES[inner])
+
+
+def diffusers_layout(model_kwargs: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Where an MMDiT's weights are in SD3Transformer2DModel.
+
+    Args:
+        model_kwargs: arguments of `MMDiT`.
+
+    Returns:
+        For each of our parameters diffusers' names and shapes, one below the other; and for the position grid, which we
+        do not store, `POSITIONS`.
+    """
+    model = _blueprint(model_kwargs)
+    renamed = {POSITIONS: {POSITIONS: _position_grid(model, "meta")}}
+    renamed |= {ours: _rename({ours: like}, model) for ours, like in model.state_dict().items()}
+    return {ours: {name: tuple(like.shape) for name, like in theirs.items()} for ours, theirs in renamed.items()}
+
+
+def position_parts(model_kwargs: Mapping[str, Any]) -> Iterator[tuple[int, Tensor]]:
+    """The position grid that an MMDiT was trained with: stretches of it, float32, and where each begins."""
+    model = _blueprint(model_kwargs)
+    size, width = model.pos_embed_max_size, model.width
+    for number, row in enumerate(position_rows(channels=width, max_size=size, base_size=model.base_size)):
+        yield number * size * width, row.flatten()
 
 
 def to_diffusers(state: Mapping[str, Tensor], model_kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from fmscale.pictures import sample_latents
 from fmscale.quickstart import write_encoders, write_train_config
 from fmscale.reflow import reflow
 from fmscale.runs import open_run
-from fmscale.sample import open_generator
+from fmscale.sample import EXPORT_NOTE, open_generator
 from fmscale.train import train
 
 
@@ -165,17 +165,31 @@ def test_what_exists_is_not_overwritten(chain: Path) -> None:
         encode(load(EncodeConfig, chain / "encode.yaml"))
 
 
-def test_a_damaged_checkpoint_is_named_and_nothing_is_written(chain: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless it was asked for by its step; then nothing is written."""
     run = open_run(chain / "run")
     file = next(run.checkpoint.path.glob("*.safetensors"))
     content = file.read_bytes()
+    head = 8 + int.from_bytes(content[:8], "little")
+    place = head + json.loads(content[8:head])[f"{run.weight_kind('ema')}/proj_out.bias"]["data_offsets"][0]
+    command = ["export", str(chain / "run"), str(tmp_path / "export")]
     try:
-        file.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(UserError, match=r"partition-00000-of-00001\.safetensors: damaged"):
             export(run, tmp_path / "export")
+        assert main([*command, "--step", "6"]) == 2
+        assert not (tmp_path / "export").exists()
+        capsys.readouterr()
+        assert open_run(chain / "run").checkpoint.step == 3
+        assert main(command) == 0
     finally:
         file.write_bytes(content)
-    assert not (tmp_path / "export").exists()
+    said = [line for line in capsys.readouterr().err.splitlines() if "passed over" in line]
+    assert len(said) == 2  # by `open_run`, and by the command
+    assert all(str(file) in line for line in said)
+    assert json.loads((tmp_path / "export" / EXPORT_NOTE).read_text())["step"] == 3
 
 
 def test_pairs_train(chain: Path, tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -165,6 +167,12 @@ def look_through_averages(engine: Engine, cell: Cell) -> bool:
     with engine.averaged(ema_name(0.99)):
         other = loss_of(engine, images, DTYPES[cell.dtype])
     same = torch.equal(output, loss_of(engine, images, DTYPES[cell.dtype]))
+    with suppress(LookupError), engine.averaged(ema_name(0.9)):
+        raise LookupError  # as one rank alone might, so that nobody may wait for others here
+    with pytest.raises(AssertionError, match="call `refresh` first"):
+        engine.step(0.0)
+    engine.refresh()
+    same = same and torch.equal(output, loss_of(engine, images, DTYPES[cell.dtype]))
     untouched = all(torch.equal(a, p.tensors[WEIGHT]) for a, p in zip(before, engine.pieces(), strict=True))
     return same and untouched and not torch.equal(output, other)
 

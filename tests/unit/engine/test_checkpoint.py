@@ -23,6 +23,7 @@ from safetensors import safe_open
 from fmscale.distributed import World
 from fmscale.engine import saver as saving
 from fmscale.engine.checkpoint import (
+    Checkpoint,
     Fragments,
     at_step,
     check_fits,
@@ -33,7 +34,8 @@ from fmscale.engine.checkpoint import (
     restore,
     verify,
 )
-from fmscale.engine.saver import Retention, SaveError, Saver, prune, safetensors_file
+from fmscale.engine.fragments import DamagedError, write_partition
+from fmscale.engine.saver import Retention, SaveError, Saver, prune
 from fmscale.engine.zero import Piece
 from fmscale.errors import UserError
 
@@ -65,6 +67,10 @@ def write(root: Path, step: int, keep: int = 9, pieces: list[Piece] | None = Non
     return root / f"step-{step:08d}"
 
 
+def at(root: Path, step: int | None = None) -> Checkpoint:
+    return at_step(root, step, lambda found: found)
+
+
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     write(tmp_path, 3)
     found = latest(tmp_path)
@@ -85,8 +91,8 @@ def test_any_range_is_read_from_the_pieces_of_other_ranks(tmp_path: Path) -> Non
     second = next(other.glob("*.safetensors"))
     second.rename(folder / "second.safetensors")
     index = json.loads((folder / "index.json").read_text())
-    index["partitions"].append({**index["partitions"][0], "name": "second.safetensors"})
-    index["partitions"][1]["bytes"] = (folder / "second.safetensors").stat().st_size
+    theirs = json.loads((other / "index.json").read_text())["partitions"][0]
+    index["partitions"].append({**theirs, "name": "second.safetensors"})
     (folder / "index.json").write_text(json.dumps(index))
     fragments = Fragments(open_checkpoint(folder))
     for start in range(12):
@@ -105,12 +111,12 @@ def test_old_ones_go_once_the_new_one_is_whole(tmp_path: Path) -> None:
         write(tmp_path, step, keep=2)
     assert [path.name for path in find_all(tmp_path)] == ["step-00000003", "step-00000010"]
     with pytest.raises(UserError, match="no checkpoint of step 1; there are 3, 10"):
-        at_step(tmp_path, 1)
+        at(tmp_path, 1)
 
 
 def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path, 1)
-    found = at_step(tmp_path, 1)
+    found = at(tmp_path, 1)
     check_fits(found, SHAPES, ["weight", "exp_avg"])
     with pytest.raises(UserError, match=r"matrix is \(3, 4\) there and \(2, 4\) in the config's model"):
         check_fits(found, {**SHAPES, "matrix": (2, 4)}, ["weight"])
@@ -129,8 +135,9 @@ def test_a_damaged_one_is_named_and_passed_over(tmp_path: Path, caplog: pytest.L
     found = choose(tmp_path, World(0, 0, 1))
     assert found is not None
     assert found.step == 1
-    for named in ("step-00000004: not a whole checkpoint", "step-00000003/.* damaged", "step-00000002/.* cut short"):
-        assert re.search(f"passed over: .*{named}", caplog.text)
+    said = [record.getMessage() for record in caplog.records]
+    for line, named in zip(said, ("4: not a whole checkpoint", "3/.* damaged", "2/.* cut short"), strict=True):
+        assert re.match(f"passed over: .*step-0000000{named}", line)
 
 
 def test_nothing_but_damage_is_no_new_start(tmp_path: Path) -> None:
@@ -179,7 +186,7 @@ def test_training_goes_on_while_a_snapshot_is_written(tmp_path: Path, monkeypatc
     begin(saver, 2, pieces)
     saver.wait()
     assert not saver.busy
-    weights = [dict(Fragments(at_step(tmp_path, step)).full("weight"))["vector"] for step in (1, 2)]
+    weights = [dict(Fragments(at(tmp_path, step)).full("weight"))["vector"] for step in (1, 2)]
     assert torch.equal(weights[0], torch.arange(5) + 1.0)
     assert torch.equal(weights[1], torch.full((5,), 99.0))
 
@@ -202,17 +209,20 @@ def test_a_save_that_fails_is_told_once_and_the_next_one_works(tmp_path: Path, m
 
 def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
     tensors = {"a/b": torch.randn(7), "none": torch.zeros(0), "umlaut-ä": torch.arange(3.0)}
-    (tmp_path / "x").write_bytes(b"".join(safetensors_file(tensors, {"starts": '{"ä": 1}'})))
+    with (tmp_path / "x").open("wb") as new:
+        head = write_partition(new.fileno(), tensors, {"ä": 1})
+    assert (tmp_path / "x").read_bytes().startswith(head)
     with safe_open(tmp_path / "x", "pt") as file:
-        assert file.metadata() == {"starts": '{"ä": 1}'}
+        assert json.loads(file.metadata()["starts"]) == {"ä": 1}
         assert set(file.keys()) == set(tensors)
         assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
 
 
 def spoil(file: Path, how: str) -> None:
     content = file.read_bytes()
-    if how == "flipped bit":
-        file.write_bytes(content[:-3] + bytes([content[-3] ^ 4]) + content[-2:])
+    if how.startswith("flipped bit"):
+        place = 40 if how.endswith("head") else len(content) - 3
+        file.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
     elif how == "cut short":
         file.write_bytes(content[:-1])
     else:
@@ -221,18 +231,57 @@ def spoil(file: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     ("how", "said"),
-    [("flipped bit", "damaged"), ("cut short", "missing or cut short"), ("gone", "missing or cut short")],
+    [
+        ("flipped bit", "damaged"),
+        ("flipped bit in the head", "damaged"),
+        ("cut short", "missing or cut short"),
+        ("gone", "missing or cut short"),
+    ],
 )
 def test_damage_is_named(tmp_path: Path, how: str, said: str) -> None:
     spoil(next(write(tmp_path, 1).glob("*.safetensors")), how)
     with pytest.raises(UserError, match=rf"partition-00000-of-00001\.safetensors: {said}"):
-        verify(at_step(tmp_path, 1))
+        verify(at(tmp_path, 1))
+
+
+def test_damage_is_noticed_by_those_whom_it_concerns(tmp_path: Path) -> None:
+    """The last tensor of the file is a moment of `vector`: who reads weights has nothing to fear."""
+    spoil(next(write(tmp_path, 1).glob("*.safetensors")), "flipped bit")
+    found = at(tmp_path)
+    verify(found, ["weight"])
+    assert len(dict(Fragments(found).full("weight"))) == 2
+    with pytest.raises(DamagedError, match="the checksum of exp_avg/vector differs"):
+        verify(found, ["exp_avg"])
+    with pytest.raises(DamagedError, match="the checksum of exp_avg/vector differs"):
+        dict(Fragments(found).full("exp_avg"))
+
+
+def test_a_reader_passes_over_damage_unless_it_was_told_the_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def sound(found: Checkpoint) -> int:
+        verify(found)
+        return found.step
+
+    for step in (1, 2):
+        write(tmp_path, step)
+    spoil(next((tmp_path / "step-00000002").glob("*.safetensors")), "flipped bit")
+    assert at_step(tmp_path, None, sound) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        f"passed over: {tmp_path}/step-00000002/partition-00000-of-00001.safetensors: damaged: the checksum of "
+        "exp_avg/vector differs"
+    ]
+    with pytest.raises(DamagedError, match="step-00000002"):
+        at_step(tmp_path, 2, sound)
+    (tmp_path / "step-00000001" / "index.json").unlink()
+    with pytest.raises(UserError, match="no checkpoint is sound"):
+        at_step(tmp_path, None, sound)
 
 
 def test_an_unreadable_index_is_named(tmp_path: Path) -> None:
     (write(tmp_path, 1) / "index.json").write_text("{")
     with pytest.raises(UserError, match="step-00000001: not a whole checkpoint"):
-        at_step(tmp_path, 1)
+        at(tmp_path, 1)
 
 
 def in_a_fork(action: Callable[[], Any]) -> int | None:

@@ -1,0 +1,65 @@
+"""Weights written a little at a time are what stock diffusers would have written at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from safetensors.torch import load_file
+
+from fmscale.models.mmdit import MMDiT
+from fmscale.models.names import POSITIONS, diffusers_config, diffusers_layout, position_parts, to_diffusers
+from fmscale.stream import stream_weights
+
+KWARGS: dict[str, Any] = {
+    "layers": 2,
+    "heads": 2,
+    "head_dim": 8,
+    "latent_channels": 4,
+    "context_dim": 12,
+    "pooled_dim": 10,
+    "pos_embed_max_size": 6,
+    "qk_norm": True,
+    "dual_attention_layers": (0,),
+}
+
+
+@pytest.mark.parametrize("max_file_bytes", [10**9, 20_000, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_stock_diffusers_loads_what_was_streamed(tmp_path: Path, dtype: torch.dtype, max_file_bytes: int) -> None:
+    state = {name: torch.randn(like.shape) for name, like in MMDiT(**KWARGS).state_dict().items()}
+
+    def parts(name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """The last stretch first."""
+        if name == POSITIONS:
+            yield from position_parts(KWARGS)
+            return
+        flat = state[name].flatten()
+        yield 7, flat[7:]
+        yield 0, flat[:7]
+
+    model = SD3Transformer2DModel(**diffusers_config(KWARGS, sample_size=8))
+    model.save_config(tmp_path)
+    stream_weights(tmp_path, diffusers_layout(KWARGS), parts, dtype, {POSITIONS}, max_file_bytes)
+    written = sorted(tmp_path.glob("*.safetensors"))
+    assert {10**9: len(written) == 1, 1: len(written) == len(state) + 1}.get(
+        max_file_bytes, 1 < len(written) < len(state)
+    )
+    theirs = to_diffusers(state, KWARGS)
+    wanted = {name: value if name == POSITIONS else value.to(dtype) for name, value in theirs.items()}
+    stored = {name: value for file in written for name, value in load_file(file).items()}
+    assert stored.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(stored[name], value), name
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    assert index.exists() == (len(written) > 1)
+    if index.exists():
+        assert json.loads(index.read_text())["metadata"]["total_size"] == sum(v.nbytes for v in wanted.values())
+    loaded = SD3Transformer2DModel.from_pretrained(tmp_path, torch_dtype=dtype).state_dict()
+    for name, value in wanted.items():
+        assert torch.equal(loaded[name], value.to(dtype)), name

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fmscale.config import TrainConfig
 from fmscale.distributed import World
@@ -76,21 +77,21 @@ class Reporter:
     def __init__(self, job: Job, start: int) -> None:
         self.job, config = job, job.config
         self.metrics = MetricsLog(config.run_dir, start + 1, config.log.tensorboard) if job.world.is_main else None
-        self.skipped: int = self.metrics.last.get("skipped_steps", 0) if self.metrics else 0
+        self.skipped: int | Tensor = self.metrics.last.get("skipped_steps", 0) if self.metrics else 0
         peak = peak_flops(device_names(job.world)[0], config.engine.dtype)
         self.peak = None if peak is None else peak * job.world.world_size
         self.gallery = None if config.log.images_every_steps is None else Gallery(job)
         self.times: list[list[float]] = []
         self.slow: dict[int, float] = {}
 
-    def take(self, result: StepResult, told: Tally | None, step: int, seconds: float) -> None:
-        """Note a step, counted from 0, without waiting for the device, and what ranks told in the one before."""
+    def take(self, result: StepResult, told: Tally | None, seconds: float) -> None:
+        """Note a step, without waiting for the device, and what ranks told in the one before."""
         if told is not None:
             self.times.append(told.seconds.tolist())
         if self.metrics is not None:
-            self.skipped += not result.applied
+            self.skipped = self.skipped + (~result.applied).int()
             job = self.job
-            record = step_record(job.config, result, step)
+            record = step_record(job.config, result)
             fast = speed(job.config, result.bucket, job.dataset.text_tokens, seconds)
             mfu = None if self.peak is None else fast["flops_per_s"] / self.peak
             self.metrics.add(**record, skipped_steps=self.skipped, **fast, mfu=mfu, memory_gb=memory_gb(job.world))
@@ -137,12 +138,12 @@ class Reporter:
             self.metrics.close()
 
 
-def step_record(config: TrainConfig, result: StepResult, step: int) -> dict[str, Any]:
-    """What a step, counted from 0, did: the first half of its object in metrics.jsonl."""
-    tally, gradient = result.tally, result.gradient
+def step_record(config: TrainConfig, result: StepResult) -> dict[str, Any]:
+    """What a step did: the first half of its object in metrics.jsonl."""
+    tally, gradient, done = result.tally, result.gradient, result.step + 1
     return {
-        "step": step + 1,
-        "images_seen": (step + 1) * config.global_batch,
+        "step": done,
+        "images_seen": done * config.global_batch,
         "phase": 0,
         "bucket": f"{result.bucket[0]}x{result.bucket[1]}",
         "loss": tally.loss / tally.images,

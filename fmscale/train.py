@@ -251,25 +251,52 @@ def load(engine: Engine, found: checkpoints.Checkpoint, world: World) -> None:
     engine.refresh()
 
 
-def go_back(job: Job, done: int, skipped: int, again: bool) -> None:
+class Streak(NamedTuple):
+    """Steps in a row that were not applied.
+
+    Attributes:
+        skipped: so many, up to the last one.
+        went_back: before them the run went back, and nothing was applied since.
+    """
+
+    skipped: int = 0
+    went_back: bool = False
+
+
+def settle(job: Job, recent: Sequence[StepResult], streak: Streak) -> Streak:
+    """Name steps that were not applied, for which the device is waited for; go back where too many were in a row."""
+    for result in recent:
+        if result.applied:
+            streak = Streak()
+        else:
+            streak = streak._replace(skipped=streak.skipped + 1)
+            keys = [key for key in result.keys if key]
+            append(job.config.run_dir / SKIPPED, [{"step": result.step + 1, "keys": keys}])
+    if streak.skipped < job.config.guard.max_skipped_steps:
+        return streak
+    go_back(job, recent[-1].step + 1, streak)
+    return Streak(went_back=True)
+
+
+def go_back(job: Job, done: int, streak: Streak) -> None:
     """Load the newest sound checkpoint from before the steps that were skipped; the data goes on where it is.
 
     Args:
         job: the run.
         done: steps done, the skipped ones included.
-        skipped: how many of the last ones were skipped.
-        again: no step was applied since the run last went back.
+        streak: of those.
 
     Raises:
         UserError: there is no such checkpoint, or going back has not helped.
     """
-    config = job.config
+    config, root = job.config, checkpoints_dir(job.config.run_dir)
     wait_for_save(job)
-    found = None if again else checkpoints.choose(checkpoints_dir(config.run_dir), job.world, before=done - skipped + 1)
+    found = None if streak.went_back else checkpoints.choose(root, job.world, before=done - streak.skipped + 1)
     if found is None:
         raise SharedError(
-            f"guard.max_skipped_steps: no gradient of the last {skipped} steps was finite, and there is no checkpoint "
-            f"to go back to that would help; lower optimizer.lr, or look at the samples in {config.run_dir / SKIPPED}"
+            f"guard.max_skipped_steps: the last {streak.skipped} steps were dropped, each for a gradient that was not "
+            "finite or a loss that leapt, and there is no checkpoint to go back to that would help; lower "
+            f"optimizer.lr, or look at the samples in {config.run_dir / SKIPPED}"
         )
     load(job.engine, found, job.world)
     if job.world.is_main:
@@ -293,7 +320,7 @@ def loop(job: Job, start: int) -> None:
     reporter = Reporter(job, start)
     requests, agreed = Requests(config.run_dir, reads_files=job.world.is_main), Delayed()
     requests.forget_files()  # asked of a start before this one
-    done, skipped, went_back = start, 0, False
+    done, streak, recent = start, Streak(), list[StepResult]()
     with progress("loss {task.fields[loss]:.4f} · {task.fields[rate]:.1f} images/s") as bar, requests.listening():
         bar.add_task("train", total=config.steps, completed=start, loss=float("nan"), rate=0.0)
         for step in range(start, config.steps):
@@ -306,14 +333,13 @@ def loop(job: Job, start: int) -> None:
             wish = Wish() if before is None else before.wish
             saving = any(wish) or done == config.steps or done % config.checkpoint.every_steps == 0
             logging = saving or done % config.log.every_steps == 0
-            reporter.take(result, before, step, time.perf_counter() - began)
+            reporter.take(result, before, time.perf_counter() - began)
+            recent.append(result)
             if logging:
                 reporter.flush(bar)
                 check_damage(config, int(bad), (done - start) * config.global_batch)
-            skipped, went_back = (0, False) if result.applied else (skipped + 1, went_back)
-            if skipped == config.guard.max_skipped_steps:
-                go_back(job, done, skipped, again=went_back)
-                skipped, went_back = 0, True
+                streak = settle(job, recent, streak)
+                recent.clear()
             reporter.show(result, done)
             if folders := folders_for(job, done, saving):
                 save(job, done, folders)
@@ -354,22 +380,26 @@ class StepResult(NamedTuple):
     """What a step leaves for the log.
 
     Attributes:
+        step: counted from 0.
+        keys: of this rank's samples, empty for padding.
         tally: over all ranks.
         loss_ratio: loss over what its timesteps cost as a rule, NaN while that is not known; shape ().
         grad_norm: before clipping.
         gradient: what it is like, part by part, in steps that are to tell.
         lr: learning rate.
-        applied: False where a gradient was not finite or the loss leapt, so that nothing was changed.
+        applied: False where a gradient was not finite or the loss leapt, so that nothing was changed; shape (), bool.
         bucket: latent (height, width).
         data_wait_s: time spent waiting for the loader.
     """
 
+    step: int
+    keys: Sequence[str]
     tally: Tally
     loss_ratio: Tensor
     grad_norm: Tensor
     gradient: Look | None
     lr: float
-    applied: bool
+    applied: Tensor
     bucket: tuple[int, int]
     data_wait_s: float
 
@@ -400,11 +430,9 @@ def train_step(job: Job, batches: Iterator[Batch], step: int, wish: Wish) -> Ste
         job.engine.backward(loss, last)
     job.watch.at(step, "updating the weights")
     lr, look = learning_rate_at(config, step), look_at(job, step)
-    applied = bool(job.engine.step(lr, look))
-    gradient = look.share() if look is not None and applied else None
-    if not applied:
-        append(config.run_dir / SKIPPED, [{"step": step + 1, "keys": [key for key in keys if key]}])
-    return StepResult(tally, ratio, job.engine.grad_norm, gradient, lr, applied, batch.bucket, waited)
+    applied = job.engine.step(lr, look)
+    gradient = None if look is None else look.share()
+    return StepResult(step, keys, tally, ratio, job.engine.grad_norm, gradient, lr, applied, batch.bucket, waited)
 
 
 def next_batch(job: Job, batches: Iterator[Batch], step: int) -> tuple[Batch, float]:

@@ -153,4 +153,4 @@ def test_a_step_that_does_not_log_waits_for_nothing(
     monkeypatch.setattr(training.Reporter, "flush", within(in_flush, training.Reporter.flush))
     train(make_config(tmp_path / "run", "steps=5", "log.every_steps=5", f"engine.zero_stage={stage}"))
     assert in_flush.found == {"metrics.py:_plain"}  # else nothing would be seen here
-    assert in_steps.found == {"train.py:train_step"}  # whether the step was applied
+    assert not in_steps.found

@@ -10,60 +10,42 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmscale.batch import Batch, prefetch
+from fmscale.building import STRICT, Allowed, build_engine, check_checkpoint, check_setup, shards_seen
 from fmscale.config import TrainConfig
 from fmscale.control import Delayed, Requests, Wish, outlive_signals, release_readers
 from fmscale.data.loader import build_loader
 from fmscale.data.order import Split, split
-from fmscale.dataset import Dataset, go_on, open_dataset, read_shards
+from fmscale.dataset import Dataset
 from fmscale.distributed import World, barrier, everywhere, same_everywhere, world_from_environment
 from fmscale.draws import Draws, draw_noise, draw_step, drop_text
 from fmscale.encoders.text import assemble
 from fmscale.engine import checkpoint as checkpoints
-from fmscale.engine.blocks import prepare
 from fmscale.engine.metrics import append, keep_before
-from fmscale.engine.optim import SIGMA_PREFIX, AdamWEMA, ema_names, learning_rate, parameter_groups
+from fmscale.engine.optim import SIGMA_PREFIX, learning_rate
 from fmscale.engine.saver import Folder, Retention, SaveError, Saver
 from fmscale.engine.statistics import Look
-from fmscale.engine.zero import Engine, deepspeed_config, init_process_group
+from fmscale.engine.zero import Engine, init_process_group
 from fmscale.errors import OutageError, SharedError, UserError
 from fmscale.flow.loss import velocity_mse
 from fmscale.flow.path import interpolate
-from fmscale.gallery import check_gallery
 from fmscale.guards import BAD_SAMPLES, LossGuard, Stopwatch, check_damage
 from fmscale.log import get_logger, progress
 from fmscale.reporting import Reporter, announce, device_names, look_at
-from fmscale.runs import DATASET, build_model, check_run_dir, checkpoints_dir, snapshots_dir, start_run_dir
+from fmscale.runs import checkpoints_dir, snapshots_dir, start_run_dir
 from fmscale.tally import BINS, Tally
 from fmscale.watchdog import Limits, Watchdog, cut_off
 
 log = get_logger(__name__)
 SKIPPED = "skipped_steps.jsonl"  # in the run directory: step and sample keys of those that were not applied
-
-
-class Allowed(NamedTuple):
-    """What is refused unless the command line says otherwise.
-
-    Attributes:
-        config_change: to go on in a run directory whose config differs.
-        append: to take in shards that were added since the run began.
-        pipe: to start programs that a `pipe:` dataset names.
-    """
-
-    config_change: bool = False
-    append: bool = False
-    pipe: bool = False
-
-
-STRICT = Allowed()
 
 
 class Job(NamedTuple):
@@ -130,91 +112,6 @@ def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
         if isinstance(error, RuntimeError) and cut_off(str(error)):
             raise OutageError(f"another rank does not answer any more ({error})") from error
         raise
-
-
-def check_setup(config: TrainConfig, world_size: int, allowed: Allowed = STRICT) -> Dataset:
-    """Open the dataset and refuse what cannot work, before anything is made.
-
-    Raises:
-        UserError: says which key and which fact of dataset, model, checkpoint or run directory disagree.
-    """
-    dataset = open_dataset(config, allowed.pipe)
-    check_gallery(config, dataset)
-    engine_settings(config, split(config.global_batch, world_size, config.micro_batch).micro_batch)
-    with torch.device("meta"):
-        shapes = {name: tuple(weight.shape) for name, weight in build_network(config).named_parameters()}
-    check_run_dir(config, allowed.config_change)
-    if (found := checkpoints.latest(checkpoints_dir(config.run_dir))) is not None:
-        dataset = check_checkpoint(config, dataset, found, shapes, allowed)
-    return dataset
-
-
-def check_checkpoint(
-    config: TrainConfig,
-    dataset: Dataset,
-    found: checkpoints.Checkpoint,
-    shapes: Mapping[str, Sequence[int]],
-    allowed: Allowed,
-) -> Dataset:
-    """Refuse a checkpoint of another model or other data.
-
-    Returns:
-        The dataset, with what was stored when.
-
-    Raises:
-        UserError: says what differs.
-    """
-    description = found.index["description"]
-    dataset = go_on(dataset, description["dataset"], found.step, config.run_dir / DATASET, allowed.append)
-    same_null = description["null"] == config.conditioning.null
-    if same_null and description["dataset"]["null_sha256"] != dataset.null_sha256:
-        raise UserError(
-            f"data: the features of the empty caption in {dataset.mixture.name} are not those that {found.path} was "
-            "trained with; put the old null.safetensors back, or start another run_dir"
-        )
-    checkpoints.check_fits(found, shapes, ema_names(config.ema.decays, config.ema.sigma_rels))
-    return dataset
-
-
-def shards_seen(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
-    """Digests of the shards of each generation of the data, by its fingerprint."""
-    seen = read_shards(config.run_dir / DATASET)
-    known = {old.fingerprint: seen[old.fingerprint] for old in dataset.generations if old.fingerprint in seen}
-    return {**known, dataset.mixture.fingerprint: dataset.mixture.shards()}
-
-
-def build_engine(config: TrainConfig, device: torch.device, micro_batch: int) -> Engine:
-    """The freshly initialised model under ZeRO."""
-    torch.manual_seed(config.seed)
-    model = build_network(config).to(device)
-    options = config.optimizer
-    optimizer = AdamWEMA(
-        parameter_groups(model, options.weight_decay),
-        lr=options.lr,
-        betas=options.betas,
-        eps=options.eps,
-        ema_decays=config.ema.decays,
-        ema_sigma_rels=config.ema.sigma_rels,
-        ema_warmup=config.ema.warmup,
-    )
-    return Engine(model, optimizer, engine_settings(config, micro_batch), options.clip_norm)
-
-
-def build_network(config: TrainConfig) -> nn.Module:
-    """The freshly initialised model, with what the config asks of its blocks."""
-    part, model = config.engine, build_model(config)
-    prepare(model.get_submodule("blocks").children(), part.recompute_every, part.recompute, part.compile)
-    return model
-
-
-def engine_settings(config: TrainConfig, micro_batch: int) -> dict[str, Any]:
-    """What DeepSpeed is told.
-
-    Raises:
-        UserError: `engine.deepspeed` holds a key that is not the user's to set.
-    """
-    part = config.engine
-    return deepspeed_config(part.zero_stage, part.dtype, micro_batch, part.offload, part.deepspeed)
 
 
 def resume(

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from fmscale import log
 from fmscale.batch import Batch
+from fmscale.building import build_engine
 from fmscale.config import TrainConfig, check, merge
 from fmscale.control import Wish
 from fmscale.data.index_build import build_index
@@ -49,7 +50,7 @@ from fmscale.flow.path import interpolate
 from fmscale.guards import LossGuard, Stopwatch
 from fmscale.runs import build_model
 from fmscale.tally import BINS
-from fmscale.train import Job, batches_of, build_engine, train_step
+from fmscale.train import Job, batches_of, train_step
 from fmscale.watchdog import Limits, Watchdog
 
 PARTS = ("step", "tail")

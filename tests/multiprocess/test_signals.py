@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from running import kill_all, lines, output, start, wait_for_lines, wait_until
 
+from fmscale.building import Allowed
 from fmscale.config import TrainConfig
 from fmscale.engine.checkpoint import find_all
-from fmscale.train import Allowed, train
+from fmscale.train import train
 
 SETTINGS = ("checkpoint.every_steps=1000", "log.every_steps=1", "data.workers=1", "micro_batch=16")
 ENDLESS = "steps=100000"

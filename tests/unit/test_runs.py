@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from fmscale.building import check_setup
 from fmscale.config import TrainConfig
 from fmscale.errors import UserError
 from fmscale.runs import check_run_dir, differences, list_checkpoints, open_run, start_run_dir
-from fmscale.train import check_setup, train
+from fmscale.train import train
 
 Make = Callable[..., TrainConfig]
 SNAPSHOTS = "ema.snapshot_every_steps=5"

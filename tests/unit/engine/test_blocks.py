@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from fmscale.building import check_setup
 from fmscale.config import TrainConfig
 from fmscale.engine.blocks import compile_blocks, recompute
 from fmscale.engine.metrics import read_metrics
 from fmscale.engine.zero import deepspeed_config
 from fmscale.errors import UserError
 from fmscale.models.mmdit import MMDiT
-from fmscale.train import check_setup, train
+from fmscale.train import train
 
 Make = Callable[..., TrainConfig]
 

@@ -1,0 +1,122 @@
+"""What a run is made of, checked before anything is written: dataset, network, engine, checkpoint to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fmscale.config import TrainConfig
+from fmscale.data.order import split
+from fmscale.dataset import Dataset, go_on, open_dataset, read_shards
+from fmscale.engine import checkpoint as checkpoints
+from fmscale.engine.blocks import prepare
+from fmscale.engine.optim import AdamWEMA, ema_names, parameter_groups
+from fmscale.engine.zero import Engine, deepspeed_config
+from fmscale.errors import UserError
+from fmscale.gallery import check_gallery
+from fmscale.runs import DATASET, build_model, check_run_dir, checkpoints_dir
+
+
+class Allowed(NamedTuple):
+    """What is refused unless the command line says otherwise.
+
+    Attributes:
+        config_change: to go on in a run directory whose config differs.
+        append: to take in shards that were added since the run began.
+        pipe: to start programs that a `pipe:` dataset names.
+    """
+
+    config_change: bool = False
+    append: bool = False
+    pipe: bool = False
+
+
+STRICT = Allowed()
+
+
+def check_setup(config: TrainConfig, world_size: int, allowed: Allowed = STRICT) -> Dataset:
+    """Open the dataset and refuse what cannot work, before anything is made.
+
+    Raises:
+        UserError: says which key and which fact of dataset, model, checkpoint or run directory disagree.
+    """
+    dataset = open_dataset(config, allowed.pipe)
+    check_gallery(config, dataset)
+    engine_settings(config, split(config.global_batch, world_size, config.micro_batch).micro_batch)
+    with torch.device("meta"):
+        shapes = {name: tuple(weight.shape) for name, weight in build_network(config).named_parameters()}
+    check_run_dir(config, allowed.config_change)
+    if (found := checkpoints.latest(checkpoints_dir(config.run_dir))) is not None:
+        dataset = check_checkpoint(config, dataset, found, shapes, allowed)
+    return dataset
+
+
+def check_checkpoint(
+    config: TrainConfig,
+    dataset: Dataset,
+    found: checkpoints.Checkpoint,
+    shapes: Mapping[str, Sequence[int]],
+    allowed: Allowed,
+) -> Dataset:
+    """Refuse a checkpoint of another model or other data.
+
+    Returns:
+        The dataset, with what was stored when.
+
+    Raises:
+        UserError: says what differs.
+    """
+    description = found.index["description"]
+    dataset = go_on(dataset, description["dataset"], found.step, config.run_dir / DATASET, allowed.append)
+    same_null = description["null"] == config.conditioning.null
+    if same_null and description["dataset"]["null_sha256"] != dataset.null_sha256:
+        raise UserError(
+            f"data: the features of the empty caption in {dataset.mixture.name} are not those that {found.path} was "
+            "trained with; put the old null.safetensors back, or start another run_dir"
+        )
+    checkpoints.check_fits(found, shapes, ema_names(config.ema.decays, config.ema.sigma_rels))
+    return dataset
+
+
+def shards_seen(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+    """Digests of the shards of each generation of the data, by its fingerprint."""
+    seen = read_shards(config.run_dir / DATASET)
+    known = {old.fingerprint: seen[old.fingerprint] for old in dataset.generations if old.fingerprint in seen}
+    return {**known, dataset.mixture.fingerprint: dataset.mixture.shards()}
+
+
+def build_engine(config: TrainConfig, device: torch.device, micro_batch: int) -> Engine:
+    """The freshly initialised model under ZeRO."""
+    torch.manual_seed(config.seed)
+    model = build_network(config).to(device)
+    options = config.optimizer
+    optimizer = AdamWEMA(
+        parameter_groups(model, options.weight_decay),
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        ema_decays=config.ema.decays,
+        ema_sigma_rels=config.ema.sigma_rels,
+        ema_warmup=config.ema.warmup,
+    )
+    return Engine(model, optimizer, engine_settings(config, micro_batch), options.clip_norm)
+
+
+def build_network(config: TrainConfig) -> nn.Module:
+    """The freshly initialised model, with what the config asks of its blocks."""
+    part, model = config.engine, build_model(config)
+    prepare(model.get_submodule("blocks").children(), part.recompute_every, part.recompute, part.compile)
+    return model
+
+
+def engine_settings(config: TrainConfig, micro_batch: int) -> dict[str, Any]:
+    """What DeepSpeed is told.
+
+    Raises:
+        UserError: `engine.deepspeed` holds a key that is not the user's to set.
+    """
+    part = config.engine
+    return deepspeed_config(part.zero_stage, part.dtype, micro_batch, part.offload, part.deepspeed)

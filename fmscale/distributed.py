@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -110,8 +111,8 @@ def spawn(argv: Sequence[str], nproc: int) -> int:
     """Run the command line `argv` on `nproc` local ranks, each a process of its own.
 
     Returns:
-        The exit code of the first rank that failed, or 0. When one fails the others are ended; when this process
-        ends, so do they.
+        0, or the largest exit code of a rank: one that ends because another has failed has 1. When one fails the
+        others are ended; when this process ends, so do they.
     """
     from torch.multiprocessing import ProcessExitedException, start_processes
 
@@ -139,7 +140,7 @@ def spawn(argv: Sequence[str], nproc: int) -> int:
                 signal.signal(number, handler or signal.SIG_DFL)
     except ProcessExitedException as error:
         if error.exit_code > 0:
-            return error.exit_code
+            return max(process.exitcode for process in context.processes)
         print(
             f"fmscale {argv[0]}: rank {error.error_index} was ended by signal {-error.exit_code}, so the others were "
             "ended too; started again, a run goes on from its last checkpoint",
@@ -158,7 +159,12 @@ def _run_rank(rank: int, argv: list[str], environments: list[dict[str, str]]) ->
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     from fmscale.cli import main
 
-    raise SystemExit(main(argv))
+    try:
+        code = main(argv)
+    except Exception:  # the launcher would show it of no rank but the one that ended first
+        print(f"rank {rank}: {traceback.format_exc()}", file=sys.stderr)
+        code = 1
+    raise SystemExit(code)
 
 
 def total(values: Tensor, group: Any = None) -> Tensor:

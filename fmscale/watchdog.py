@@ -15,10 +15,9 @@ import faulthandler
 import math
 import os
 import socket
-import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -35,10 +34,12 @@ log = get_logger(__name__)
 STALLS = "stalls"  # in the run directory: the stacks of each rank when the job was ended
 BEAT_S = 1.0
 GONE_S = 4.0  # silence that tells, once a connection has broken or a rank has failed
+READ_S = 3.0  # in which every rank has read a verdict: two threads look once a second each
 CONNECT_S = 300.0
 FAULT = 1
 FAILED, CUT_OFF = "failed", "cut off"
 VERDICT = "verdict"
+WHY = "%s; so the job ends, and started again it goes on from its last checkpoint; %s shows where the other ranks were"
 
 
 class Place(NamedTuple):
@@ -120,14 +121,15 @@ def judge(seen: Mapping[int, Sighting], now_s: float, limits: Limits) -> str:
     if silent:
         return _name(seen, silent, "not heard of any more")
     still_s = now_s - max(one.moved_s for one in seen.values())
-    if still_s <= limits.stalled_s or not all(one.place.moves for one in seen.values()):
+    if still_s <= limits.stalled_s:
         return ""
     least = min(one.place.moves for one in seen.values())
     behind = [rank for rank, one in seen.items() if one.place.moves == least]
     if len(behind) == len(seen) > 1:
         place = seen[0].place
-        return f"no rank has moved on for {still_s:.0f} s, all are in step {place.step}, {place.doing}"
-    return _name(seen, behind, f"not moved on for {still_s:.0f} s")
+        where = f"all are in step {place.step}, {place.doing}"
+        return f"no rank has moved on for {still_s:.0f} s (guard.stalled_s), {where}"
+    return _name(seen, behind, f"not moved on for {still_s:.0f} s (guard.stalled_s)")
 
 
 def _name(seen: Mapping[int, Sighting], ranks: list[int], what: str) -> str:
@@ -151,7 +153,8 @@ class Watchdog:
 
     def __init__(self, world: World, run_dir: Path, limits: Limits) -> None:
         self._world, self._run_dir, self._limits = world, run_dir, limits
-        self._place = Place(host=socket.gethostname())
+        self._place = Place(host=socket.gethostname())  # of the loop's thread, which alone changes it
+        self._beats = 0
         if not world.is_main:  # rank 0 judges who is behind
             self._limits = limits._replace(stalled_s=math.inf)
         self._seen = {rank: Sighting() for rank in range(world.world_size if world.is_main else 1)}
@@ -194,24 +197,24 @@ class Watchdog:
             self._place = self._place._replace(trouble=CUT_OFF)
             time.sleep(3 * GONE_S)  # by when the verdict has named who is gone, and ended this process
         self._over.set()
-        if kind is not None:
-            self._place = self._place._replace(trouble=FAILED)
-            with suppress(RuntimeError):
-                self._beat()
-            if self._world.is_main and self._world.world_size > 1:
-                self._leave_word()
         for thread in self._threads:
             thread.join(2 * BEAT_S)
+        if kind is not None:
+            self._place = self._place._replace(trouble=FAILED)
+            _at_most(2 * BEAT_S, self._leave_word)
+            if self._world.is_main and self._world.world_size > 1 and issubclass(kind, Exception):
+                time.sleep(READ_S)  # its store ends with it; whoever interrupts does not wait
 
     def _leave_word(self) -> None:
-        """Rank 0 ends with an error, and its store with it: time for the others to read of it."""
+        """This rank ends with an error."""
         with suppress(RuntimeError):
-            self._store.set(VERDICT, _name({0: Sighting(self._place)}, [0], "failed, see its own line"))
-        time.sleep(2 * BEAT_S)
+            self._beat()
+            if self._world.is_main:
+                self._store.set(VERDICT, _name({0: Sighting(self._place)}, [0], "failed, see its own line"))
 
     def _beat(self) -> None:
-        self._place = self._place._replace(beats=self._place.beats + 1)
-        self._store.set(str(self._world.rank), self._place.text())
+        self._beats += 1
+        self._store.set(str(self._world.rank), self._place._replace(beats=self._beats).text())
 
     def _talk(self) -> None:
         """Say where this rank is, and hear of the others; hangs for good when rank 0 is stopped."""
@@ -248,7 +251,18 @@ class Watchdog:
             one.heard_s = one.moved_s = now
 
     def _end(self, verdict: str, speak: bool) -> None:
-        """End this process, with its stacks in the run directory; the rank that found out says why."""
+        """End this process; the rank that found out tells the others first, then whoever reads the output."""
+        if speak and self._world.is_main:
+            with suppress(RuntimeError):
+                self._store.set(VERDICT, verdict)
+        if speak:
+            _at_most(GONE_S, log.error, WHY, verdict, self._run_dir / STALLS)
+        _at_most(GONE_S, self._leave_stacks, verdict)
+        if speak and self._world.is_main:
+            time.sleep(READ_S)
+        os._exit(FAULT)
+
+    def _leave_stacks(self, verdict: str) -> None:
         folder = self._run_dir / STALLS
         with suppress(OSError):
             folder.mkdir(exist_ok=True)
@@ -256,19 +270,13 @@ class Watchdog:
                 file.write(f"{verdict}\nthis rank: step {self._place.step}, {self._place.doing}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file)
-        if speak:
-            log.error(
-                "%s; so the job ends, and started again it goes on from its last checkpoint; %s shows where the other "
-                "ranks were",
-                verdict,
-                folder,
-            )
-            sys.stderr.flush()
-            if self._world.is_main:
-                with suppress(RuntimeError):
-                    self._store.set(VERDICT, verdict)
-                time.sleep(2 * BEAT_S)  # the others read it from this process
-        os._exit(FAULT)
+
+
+def _at_most(seconds: float, action: Callable[..., None], *arguments: object) -> None:
+    """Do what may never return, as a write to a dead file server or a word to a stopped rank, and wait no longer."""
+    thread = threading.Thread(target=action, args=arguments, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def cut_off(error: str) -> bool:

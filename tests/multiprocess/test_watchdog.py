@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from running import environment, kill_all, lines, start, wait_for_lines
+from running import environment, kill_all, lines, output, start, wait_for_lines
 
 from fmscale.config import TrainConfig
 from fmscale.distributed import World, free_port, rank_environment
@@ -21,6 +21,7 @@ from fmscale.watchdog import STALLS
 SILENT_S, STALLED_S = 6, 8
 SETTINGS = ("steps=100000", "log.every_steps=1", "data.workers=1", "micro_batch=8", f"guard.silent_s={SILENT_S}")
 PROGRAM = Path(__file__).parent / "train_and_hang.py"
+WATCHED = Path(__file__).parent / "watched.py"
 
 
 def children(pid: int) -> list[int]:
@@ -79,10 +80,73 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path: Path, make_config
         for process in ranks:
             process.kill()
     assert [process.returncode for process in ranks] == [1, 1], said
-    assert re.search(
-        r"rank 1 on \S+ \(last in step 6, starting a step\): not moved on for \d+ s; so the job ends", said[0]
-    )
+    where, why = r"rank 1 on \S+ \(last in step 6, starting a step\)", r"not moved on for \d+ s \(guard\.stalled_s\)"
+    assert re.search(f"{where}: {why}; so the job ends", said[0])
     assert "so the job ends" not in said[1]
     stacks = [(config.run_dir / STALLS / f"rank-0000{rank}.txt").read_text() for rank in range(2)]
     assert "train_and_hang.py" in stacks[1]  # the line where it hangs
     assert "distributed_c10d.py" in stacks[0]  # the collective in which it is waited for
+
+
+@pytest.mark.parametrize(("loop", "code", "words"), [(False, 2, "Is a directory"), (True, 1, "Too many levels of")])
+def test_an_error_of_rank_0_alone_is_heard_and_keeps_its_exit_code(
+    tmp_path: Path, make_config: Callable[..., TrainConfig], loop: bool, code: int, words: str
+) -> None:
+    """The others read of it and end first; the one error is the user's mistake, the other nobody expected."""
+    config = make_config(tmp_path / "run", *SETTINGS)
+    process = start(config, "--nproc", "2")
+    try:
+        wait_for_lines(config, process, 5)
+        place = config.run_dir / "metrics.jsonl"
+        place.unlink()
+        if loop:
+            place.symlink_to(place.name)
+        else:
+            place.mkdir()
+        ended = process.wait(60)
+    finally:
+        kill_all(process)
+    said = output(config).read_text()
+    assert ended == code, said
+    assert said.count(words) == 1
+    assert ("Traceback" in said) is loop
+
+
+def start_watched(run_dir: Path, world_size: int) -> list[subprocess.Popen[str]]:
+    """Ranks of `watched.py`."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, str(WATCHED), str(run_dir)],
+            env=environment() | rank_environment(World(rank, rank, world_size), "127.0.0.1", port),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def test_a_disk_that_hangs_too_does_not_keep_a_rank(tmp_path: Path) -> None:
+    """A single rank, whose stacks go where a write never returns: to a pipe that nobody reads."""
+    (tmp_path / STALLS).mkdir()
+    os.mkfifo(tmp_path / STALLS / "rank-00000.txt")
+    (process,) = start_watched(tmp_path, 1)
+    try:
+        said = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert re.search(r"rank 0 on \S+ \(last in step 0, starting\): not moved on for \d+ s", said)
+
+
+def test_an_error_is_told_though_rank_0_was_stopped(tmp_path: Path) -> None:
+    """Whose store no longer answers."""
+    stopped, failed = start_watched(tmp_path, 2)
+    try:
+        said = failed.communicate(timeout=120)[1]
+    finally:
+        for process in (stopped, failed):
+            process.kill()
+            process.wait()
+    assert failed.returncode == 1
+    assert "an error of rank 1" in said

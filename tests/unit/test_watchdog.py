@@ -46,17 +46,19 @@ def test_a_rank_that_failed_is_not_said_to_be_lost() -> None:
 
 def test_the_rank_that_is_furthest_behind_is_blamed_for_a_standstill() -> None:
     still = {0: seen(still=601), 1: seen(still=602, moves=49), 2: seen(still=601)}
-    assert judge(still, NOW, LIMITS) == "rank 1 on node (last in step 12, waiting for data): not moved on for 601 s"
+    where = "rank 1 on node (last in step 12, waiting for data)"
+    assert judge(still, NOW, LIMITS) == f"{where}: not moved on for 601 s (guard.stalled_s)"
     assert judge(still, NOW, LIMITS._replace(stalled_s=math.inf)) == ""
 
 
 def test_a_standstill_of_all_blames_nobody() -> None:
     verdict = judge({0: seen(still=601), 1: seen(still=601)}, NOW, LIMITS)
-    assert verdict == "no rank has moved on for 601 s, all are in step 12, waiting for data"
+    assert verdict == "no rank has moved on for 601 s (guard.stalled_s), all are in step 12, waiting for data"
 
 
-def test_a_rank_that_has_not_begun_is_no_standstill() -> None:
-    assert judge({0: seen(still=601), 1: seen(still=601, moves=0)}, NOW, LIMITS) == ""
+def test_a_rank_that_never_begins_is_blamed() -> None:
+    verdict = judge({0: seen(still=601), 1: seen(still=601, moves=0)}, NOW, LIMITS)
+    assert verdict.startswith("rank 1 on node (last in step 12, waiting for data): not moved on")
 
 
 def test_what_another_rank_causes_is_told_from_errors_of_ours() -> None:

@@ -86,9 +86,8 @@ class Reporter:
 
     def take(self, result: StepResult, told: Tally | None, seconds: float) -> None:
         """Note a step, without waiting for the device, and what ranks told in the one before."""
-        if told is not None:
-            self.times.append(told.seconds.tolist())
         if self.metrics is not None:
+            self.times += [] if told is None else [told.seconds.tolist()]
             self.skipped = self.skipped + (~result.applied).int()
             job = self.job
             record = step_record(job.config, result)

@@ -169,12 +169,13 @@ class EngineConfig(Section):
 
 class GuardConfig(Section):
     max_skipped_steps: Positive = 10
-    """Steps in a row that may be dropped because a gradient was not finite; then the run goes back to the weights of
-    its last checkpoint, and on with the data that comes next."""
+    """Steps in a row that may be dropped, because a gradient was not finite or the loss leapt; then the run goes back
+    to the weights of its last checkpoint, and on with the data that comes next."""
     max_loss_ratio: Annotated[float, Field(gt=1)] | None = 5.0
     """A step is dropped whose loss is more than so many times what its timesteps cost as a rule; null drops none."""
-    silent_s: Annotated[float, Field(gt=0)] = 60.0
-    """The job ends when a rank has not been heard of for so long, because it was stopped or killed."""
+    silent_s: Annotated[float, Field(ge=5)] = 60.0
+    """The job ends when a rank, which says once a second where it is, has not been heard of for so long, because it was
+    stopped or killed."""
     stalled_s: Annotated[float, Field(gt=0)] = 540.0
     """The job ends when no rank has moved on for so long; what compiles, reads or saves for longer needs more."""
 

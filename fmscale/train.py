@@ -187,6 +187,7 @@ def go_back(job: Job, done: int, streak: Streak) -> None:
         UserError: there is no such checkpoint, or going back has not helped.
     """
     config, root = job.config, checkpoints_dir(job.config.run_dir)
+    job.watch.at(done - 1, "going back to a checkpoint")
     wait_for_save(job)
     found = None if streak.went_back else checkpoints.choose(root, job.world, before=done - streak.skipped + 1)
     if found is None:

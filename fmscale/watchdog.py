@@ -11,6 +11,7 @@ killed they do not, which is how the others know.
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import math
 import os
@@ -203,7 +204,7 @@ class Watchdog:
             self._place = self._place._replace(trouble=FAILED)
             _at_most(2 * BEAT_S, self._leave_word)
             if self._world.is_main and self._world.world_size > 1 and issubclass(kind, Exception):
-                time.sleep(READ_S)  # its store ends with it; whoever interrupts does not wait
+                atexit.register(self._stay)  # only then: a launcher may end this process before it has said why
 
     def _leave_word(self) -> None:
         """This rank ends with an error."""
@@ -211,6 +212,10 @@ class Watchdog:
             self._beat()
             if self._world.is_main:
                 self._store.set(VERDICT, _name({0: Sighting(self._place)}, [0], "failed, see its own line"))
+
+    def _stay(self) -> None:
+        """Keep the store, which ends with this process, until the others have read of its error."""
+        time.sleep(READ_S)
 
     def _beat(self) -> None:
         self._beats += 1

@@ -79,7 +79,6 @@ class Tail:
             self._offloaded = bool(zero.cpu_offload)
             self._flatten = self._copy_together
             self._replace("scaled_global_norm", self.judge)
-            self._replace("_update_model_bit16_weights", lambda *_: None)  # they are views of the flat ones all along
             if torch.distributed.get_world_size() == 1 and not self._offloaded and not self._compact():
                 # What one rank has is reduced already: it needs no way through buckets.
                 self._replace("reduce_independent_p_g_buckets_and_remove_grads", lambda *_: None)

@@ -177,7 +177,7 @@ class GuardConfig(Section):
     """The job ends when a rank, which says once a second where it is, has not been heard of for so long, because it was
     stopped or killed."""
     stalled_s: Annotated[float, Field(gt=0)] = 540.0
-    """The job ends when no rank has moved on for so long; what compiles, reads or saves for longer needs more."""
+    """The job ends when no rank has moved on for so long; what compiles or reads for longer needs more."""
 
 
 class CheckpointConfig(Section):

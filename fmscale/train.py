@@ -104,11 +104,12 @@ def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
     saver = Saver(checkpoints_dir(config.run_dir), world, retention, config.checkpoint.private)
     limits = Limits(config.guard.silent_s, config.guard.stalled_s)
     try:
-        with Watchdog(world, config.run_dir, limits) as watch:
+        with Watchdog(world, config.run_dir, limits, working=lambda: saver.progress) as watch:
             tools = saver, watch, guard, Stopwatch(world.device)
             loop(Job(config, dataset.to(world.device), engine, world, portions, *tools), start)
     except BaseException as error:
         release_readers()  # else they would hold this process up for a minute
+        saver.abandon()
         if isinstance(error, RuntimeError) and cut_off(str(error)):
             raise OutageError(f"another rank does not answer any more ({error})") from error
         raise

@@ -49,6 +49,7 @@ class Place(NamedTuple):
     Attributes:
         beats: how often it has said so.
         moves: how often it has gone on to something else; all ranks go through the same.
+        work: grows while it is busy with something long.
         step: the step it works on, counted from 1; 0 before the first.
         doing: what it works on.
         trouble: `failed` where it ends with an error, `cut off` where another rank does not answer it, else nothing.
@@ -57,6 +58,7 @@ class Place(NamedTuple):
 
     beats: int = 0
     moves: int = 0
+    work: int = 0
     step: int = 0
     doing: str = "starting"
     trouble: str = ""
@@ -69,8 +71,8 @@ class Place(NamedTuple):
     @staticmethod
     def parse(text: str) -> Place:
         """Read what `text` gives."""
-        beats, moves, step, doing, trouble, host = text.split("\t")
-        return Place(int(beats), int(moves), int(step), doing, trouble, host)
+        beats, moves, work, step, doing, trouble, host = text.split("\t")
+        return Place(int(beats), int(moves), int(work), int(step), doing, trouble, host)
 
 
 class Limits(NamedTuple):
@@ -102,7 +104,7 @@ class Sighting:
         """Take note of a place."""
         if place.beats != self.place.beats:
             self.heard_s = now_s
-        if place.moves != self.place.moves:
+        if (place.moves, place.work) != (self.place.moves, self.place.work):
             self.moved_s = now_s
         self.place = place
 
@@ -150,10 +152,11 @@ class Watchdog:
         world: this rank among the others.
         run_dir: where the stacks go.
         limits: when a rank is given up.
+        working: a number that grows while this rank is busy with something long, as a slow disk makes of a save.
     """
 
-    def __init__(self, world: World, run_dir: Path, limits: Limits) -> None:
-        self._world, self._run_dir, self._limits = world, run_dir, limits
+    def __init__(self, world: World, run_dir: Path, limits: Limits, working: Callable[[], int] = int) -> None:
+        self._world, self._run_dir, self._limits, self._working = world, run_dir, limits, working
         self._place = Place(host=socket.gethostname())  # of the loop's thread, which alone changes it
         self._beats = 0
         if not world.is_main:  # rank 0 judges who is behind
@@ -219,7 +222,7 @@ class Watchdog:
 
     def _beat(self) -> None:
         self._beats += 1
-        self._store.set(str(self._world.rank), self._place._replace(beats=self._beats).text())
+        self._store.set(str(self._world.rank), self._place._replace(beats=self._beats, work=self._working()).text())
 
     def _talk(self) -> None:
         """Say where this rank is, and hear of the others; hangs for good when rank 0 is stopped."""

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -26,6 +26,7 @@ from zlib_ng import zlib_ng
 from fmscale.errors import UserError
 
 CHUNK = 1 << 18  # values read at once: 1 MB, which stays in the cache of a core
+SYNC_BYTES = 1 << 28  # after which a file is synced: nobody could tell one long sync from a disk that hangs
 FLOAT32 = torch.float32.itemsize
 TAGS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as the format spells them
 
@@ -73,13 +74,16 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         left, offset = left[written:], offset + written
 
 
-def write_partition(descriptor: int, tensors: Mapping[str, Tensor], starts: Mapping[str, int]) -> bytes:
+def write_partition(
+    descriptor: int, tensors: Mapping[str, Tensor], starts: Mapping[str, int], on_disk: Callable[[], None]
+) -> bytes:
     """Write a partition file, and wait until it is on disk.
 
     Args:
         descriptor: of a new file.
         tensors: `KIND/NAME` -> 1-D float32, contiguous.
         starts: where each NAME's piece begins in the flattened parameter.
+        on_disk: is called whenever another `SYNC_BYTES` have got there.
 
     Returns:
         Its head, for the index to vouch for.
@@ -88,8 +92,14 @@ def write_partition(descriptor: int, tensors: Mapping[str, Tensor], starts: Mapp
     layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     head, begins = safetensors_head(layout, {"starts": json.dumps(dict(starts)), "crc32": json.dumps(sums)})
     write_at(descriptor, head, 0)
+    waiting = 0
     for name, tensor in tensors.items():
         write_at(descriptor, raw(tensor), begins[name])
+        waiting += tensor.nbytes
+        if waiting >= SYNC_BYTES:
+            os.fsync(descriptor)
+            on_disk()
+            waiting = 0
     os.fsync(descriptor)
     return head
 

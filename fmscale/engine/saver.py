@@ -31,6 +31,7 @@ from fmscale.files import sync
 from fmscale.log import get_logger
 
 log = get_logger(__name__)
+LAST_MINUTE_S = 60
 Result = TypeVar("Result")
 
 
@@ -107,6 +108,7 @@ class Saver:
         self._group = torch.distributed.new_group(backend="gloo") if several else None
         self._memory: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
+        self.progress = 0  # grows while a save goes on
         self._failure = ""
         for left in root.glob(f"{WRITING}*") if world.is_main else ():  # by a save that was killed
             shutil.rmtree(left, ignore_errors=True)
@@ -144,13 +146,18 @@ class Saver:
             "parameters": {key: list(shape) for key, shape in shapes.items()},
             "description": dict(description),
         }
-        self._thread = threading.Thread(target=self._run, args=(snapshot, index, folders), name="checkpoint")
+        self._thread = threading.Thread(target=self._run, args=(snapshot, index, folders), daemon=True)
         self._thread.start()
 
     @property
     def busy(self) -> bool:
         """Whether a save is being written."""
         return self._thread is not None and self._thread.is_alive()
+
+    def abandon(self) -> None:
+        """Give a save that is being written a last minute: it may wait for a rank that does not answer."""
+        if self._thread is not None:
+            self._thread.join(LAST_MINUTE_S)
 
     def wait(self) -> None:
         """Return when no save is being written.
@@ -222,6 +229,9 @@ class Saver:
             said = str(error) if isinstance(error, SharedError) else repr(error)
             raise SaveError(f"{what}: the checkpoint could not be written: {said}") from error
 
+    def _go_on(self) -> None:
+        self.progress += 1
+
     def _begin(self, temporary: Path, need: int) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True, mode=0o700 if self._private else 0o777)
@@ -234,7 +244,7 @@ class Saver:
         """Returns the file's head, and its size."""
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if self._private else 0o666)
         try:
-            head = write_partition(descriptor, snapshot.tensors, snapshot.starts)
+            head = write_partition(descriptor, snapshot.tensors, snapshot.starts, self._go_on)
             return head, os.fstat(descriptor).st_size
         finally:
             os.close(descriptor)

@@ -14,7 +14,7 @@ def seen(*, ago: float = 1, still: float = 1, moves: int = 50, trouble: str = ""
 
 
 def test_a_place_survives_the_store() -> None:
-    place = Place(3, 4, 5, "in a micro-batch", CUT_OFF, "node-1.cluster")
+    place = Place(3, 4, 7, 5, "in a micro-batch", CUT_OFF, "node-1.cluster")
     assert Place.parse(place.text()) == place
 
 
@@ -64,3 +64,10 @@ def test_a_rank_that_never_begins_is_blamed() -> None:
 def test_what_another_rank_causes_is_told_from_errors_of_ours() -> None:
     assert cut_off("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     assert not cut_off("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_a_slow_disk_is_no_standstill() -> None:
+    """A rank that waits for its save does not move on, but the save does."""
+    waiting = seen(still=601)
+    waiting.see(waiting.place._replace(beats=10, work=1), NOW)
+    assert judge({0: waiting, 1: seen(still=601)}, NOW, LIMITS) == ""

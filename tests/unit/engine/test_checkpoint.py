@@ -207,10 +207,13 @@ def test_a_save_that_fails_is_told_once_and_the_next_one_works(tmp_path: Path, m
     assert [path.name[-1] for path in sorted(tmp_path.iterdir())] == ["1", "3"]
 
 
-def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
+def test_the_safetensors_library_reads_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fmscale.engine.fragments.SYNC_BYTES", 20)
+    synced: list[int] = []
     tensors = {"a/b": torch.randn(7), "none": torch.zeros(0), "umlaut-ä": torch.arange(3.0)}
     with (tmp_path / "x").open("wb") as new:
-        head = write_partition(new.fileno(), tensors, {"ä": 1})
+        head = write_partition(new.fileno(), tensors, {"ä": 1}, lambda: synced.append(1))
+    assert len(synced) == 1  # after the first tensor, which has 28 bytes; the others have 12
     assert (tmp_path / "x").read_bytes().startswith(head)
     with safe_open(tmp_path / "x", "pt") as file:
         assert json.loads(file.metadata()["starts"]) == {"ä": 1}

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from crashing import crash
 
 from fmscale import checks, doctor
 from fmscale.checks import FAILURE, OK, WARNING, Finding
@@ -219,10 +220,6 @@ def test_a_collective_that_hangs_is_ended_with_its_processes(tmp_path: Path) -> 
     assert finding == Finding("two processes", "no answer within 12 s", FAILURE, TABLE["two processes"].remedy)
     while stopped[0] in processes(SECOND_RANK):  # it has no command line once it is dead
         assert time.monotonic() < deadline
-
-
-def crash(folder: Path) -> None:
-    signal.raise_signal(signal.SIGSEGV)
 
 
 @pytest.mark.parametrize(

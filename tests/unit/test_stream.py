@@ -62,4 +62,4 @@ def test_stock_diffusers_loads_what_was_streamed(tmp_path: Path, dtype: torch.dt
         assert json.loads(index.read_text())["metadata"]["total_size"] == sum(v.nbytes for v in wanted.values())
     loaded = SD3Transformer2DModel.from_pretrained(tmp_path, torch_dtype=dtype).state_dict()
     for name, value in wanted.items():
-        assert torch.equal(loaded[name], value.to(dtype)), name
+        assert torch.equal(loaded[name].to(dtype), value.to(dtype)), name  # with accelerate the positions are cast too

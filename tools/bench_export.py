@@ -137,7 +137,7 @@ def be_rank(args: argparse.Namespace) -> None:
     model = build_model(config)
     torch.set_default_dtype(torch.float32)
     optimizer = AdamWEMA(parameter_groups(model, 0.01), lr=1e-4, ema_decays=config.ema.decays)
-    engine = Engine(model, optimizer, deepspeed_config(2, "bf16", 1, 1.0))
+    engine = Engine(model, optimizer, deepspeed_config(2, "bf16", 1), 1.0)
     generator = torch.Generator().manual_seed(world.rank)
     for piece in engine.pieces():
         for tensor in piece.tensors.values():

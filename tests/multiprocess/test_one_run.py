@@ -89,7 +89,10 @@ def test_resuming_in_the_same_world_is_exact(
                 assert torch.equal(one, other), (kind, name)
 
 
-@pytest.mark.parametrize(("saved", "world", "stages"), [("4-2", 1, STAGES), ("1-1", 2, (3, 1)), ("2-3", 3, (2,))])
+@pytest.mark.parametrize(
+    ("saved", "world", "stages"),
+    [("4-2", 1, STAGES), ("4-2", 2, (1,)), ("4-2", 3, (3,)), ("1-1", 2, (3, 1)), ("2-3", 3, (2,))],
+)
 def test_resuming_in_another_world_or_stage(
     runs: Path,
     tmp_path: Path,

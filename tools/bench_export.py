@@ -1,6 +1,6 @@
 """What it costs to export a model from a sharded checkpoint.
 
-    python tools/bench_export.py [--layers 8] [--heads 16] [--ranks 4] [--repeats 5] [--folder DIR] [--json FILE]
+    python tools/bench_export.py [--layers 9] [--heads 16] [--ranks 4] [--repeats 5] [--folder DIR] [--json FILE]
 
 So many ranks, each a process, hold a model under ZeRO 2 and save it twice: as fmscale does, and with DeepSpeed's
 `save_checkpoint`. Then, in turns, each time in a process of its own and with the files in the page cache:
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Compare exports of a sharded checkpoint.")
-    parser.add_argument("--layers", type=int, default=8, help="of the model (%(default)s)")
+    parser.add_argument("--layers", type=int, default=9, help="of the model (%(default)s)")
     parser.add_argument("--heads", type=int, default=16, help="of the model, 64 wide each (%(default)s)")
     parser.add_argument("--ranks", type=int, default=4, help="that saved it (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="(%(default)s)")
@@ -162,6 +163,7 @@ def watched(action: Any) -> None:
 
     watcher = threading.Thread(target=sample)
     watcher.start()
+    os.sync()  # else one side would wait for the disk to take what the other has written
     began = time.perf_counter()
     action()
     seconds = time.perf_counter() - began

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fmscale import __version__
-from fmscale.encode import STORAGE
 from fmscale.errors import UserError
+from fmscale.features import STORAGE
 from fmscale.files import new_folder
 from fmscale.log import get_logger
 from fmscale.models.names import POSITIONS, diffusers_config, diffusers_layout, position_parts

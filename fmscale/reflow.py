@@ -19,10 +19,10 @@ from fmscale.data.shards import ShardWriter
 from fmscale.data.tar import DamageError
 from fmscale.dataset import making, open_mixture, open_null
 from fmscale.distributed import world_from_environment
-from fmscale.encode import STORAGE
 from fmscale.encoders.null import save_null
 from fmscale.encoders.text import ROLES, assemble
 from fmscale.errors import UserError
+from fmscale.features import STORAGE
 from fmscale.files import new_folder
 from fmscale.flow.coupling import NOISE_KEY
 from fmscale.flow.noise import draw_noise

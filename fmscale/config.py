@@ -259,6 +259,18 @@ class TextConfig(Section):
     """Tokens of T5, or of the zeros in its place; 256 is what the stock pipeline uses unless told otherwise."""
 
 
+class VaeComputeConfig(Section):
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the VAE."""
+    channels_last: bool = False
+    """Order of numbers in memory; GPUs convolve faster so in 16 bits."""
+    compile: bool = False
+    """Compile the encoder with torch.compile: a minute or more at the start, and again for new shapes."""
+    tile_px: Positive | None = None
+    """Images with a longer side are encoded in overlapping tiles of this side, to save memory; null takes them whole.
+    A tile does not see the others, so latents differ by about what the VAE loses anyway."""
+
+
 class EncodeConfig(Section):
     images: Path
     """A folder of images with a .txt caption beside each, or WebDataset tars as img2dataset writes them."""
@@ -275,8 +287,14 @@ class EncodeConfig(Section):
     """Longest side over shortest side of the most extreme bucket."""
     buckets_px: Annotated[tuple[tuple[Positive, Positive], ...], Field(min_length=1)] | None = None
     """Explicit (height, width) pairs in place of the three keys above."""
-    latents: Literal["mean", "sample"] = "mean"
-    """Store the mean of the VAE's posterior, or one sample of it."""
+    vae_compute: VaeComputeConfig = VaeComputeConfig()
+    """How the VAE is run."""
+    latents: Literal["mean", "sample", "posterior"] = "mean"
+    """Store the mean of the VAE's posterior, one sample of it, or mean and variance: then each step of a training draws
+    a sample of its own."""
+    flip: bool = False
+    """Store the latents of the mirrored image too: each step of a training draws one of the two. Captions that speak of
+    left and right, and pictures of text, are then wrong half of the time."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Storage of latents and text features."""
     batch: Positive = 16

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fmscale.config import TrainConfig
+from fmscale.encoders.vae import FLIPPED, LATENTS, LOG_VARIANCE, Posterior
 from fmscale.flow.coupling import COUPLINGS
 from fmscale.flow.loss import draw_dropped
+from fmscale.flow.noise import draw_noise as noise_of
 from fmscale.flow.noise import keyed_generator
 from fmscale.flow.timesteps import TIMESTEP_SAMPLERS, shift_timesteps
 
@@ -47,6 +49,36 @@ def draw_noise(
 ) -> Tensor:
     """The noise of one slot of a global batch; the loader's workers call it."""
     return COUPLINGS[coupling](shape, read_meta, (seed, step, slot))
+
+
+def draw_latents(seed: int, tensors: dict[str, Tensor], step: int, slots: Sequence[int]) -> dict[str, Tensor]:
+    """What some slots of a step see of their samples: of two mirror images one, of a posterior one sample.
+
+    The loader's workers call it.
+
+    Args:
+        seed: of the run.
+        tensors: as stored, (B, ...) each.
+        step: optimizer step.
+        slots: B places in the global batch.
+
+    Returns:
+        The same tensors with only `latents` in place of all whose names begin so.
+    """
+    flipped = FLIPPED in tensors
+    if not flipped and LATENTS + LOG_VARIANCE not in tensors:
+        return tensors
+    rows = []
+    for row, slot in enumerate(slots):
+        mirrored = flipped and bool(torch.rand((), generator=keyed_generator("flip", seed, step, slot)) < 0.5)
+        name = FLIPPED if mirrored else LATENTS
+        latents, log_variance = tensors[name][row], tensors.get(name + LOG_VARIANCE)
+        if log_variance is not None:
+            noise = noise_of(latents.shape, "posterior", seed, step, slot)
+            latents = Posterior(latents, log_variance[row]).sample(noise)
+        rows.append(latents)
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(LATENTS)}
+    return {LATENTS: torch.stack(rows), **rest}
 
 
 def drop_text(

@@ -26,7 +26,7 @@ from fmscale.data.loader import build_loader
 from fmscale.data.order import Split, split
 from fmscale.dataset import Dataset
 from fmscale.distributed import World, barrier, everywhere, same_everywhere, world_from_environment
-from fmscale.draws import Draws, draw_noise, draw_step, drop_text
+from fmscale.draws import Draws, draw_latents, draw_noise, draw_step, drop_text
 from fmscale.encoders.text import assemble
 from fmscale.engine import checkpoint as checkpoints
 from fmscale.engine.metrics import append, keep_before
@@ -268,6 +268,7 @@ def batches_of(job: Job, start: int) -> Iterator[Batch]:
         start_step=start,
         stop_step=config.steps,
         noise=functools.partial(draw_noise, config.flow.coupling, config.seed),
+        view=functools.partial(draw_latents, config.seed),
         workers=config.data.workers,
         pin_memory=job.world.device.type == "cuda",
         worker_init=outlive_signals,

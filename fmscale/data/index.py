@@ -43,7 +43,7 @@ COLUMNS = {
 BESIDE = "null.safetensors"  # lies beside the index where the dataset was encoded
 BROKEN = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 Progress = Callable[[int, int], None]
-Layout = dict[str, tuple[str, tuple[int, ...]]]  # stored tensors: name -> dtype, shape; of `latents` the channels alone
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # stored tensors: name -> dtype, shape; of latents the channels alone
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Index:
         storage: reads the shards.
         buckets: by height, then width.
         shards: by name.
-        layout: dtype and shape of each stored tensor, the same in every sample (of `latents`, the channels alone).
+        layout: dtype and shape of each stored tensor, the same in every sample (of latents, the channels alone).
         fingerprint: digest of all shard names and contents, and of how many samples of each are in the index.
         made_by: what the program that wrote the shards said about them, or None.
     """
@@ -147,7 +147,7 @@ class Index:
     def empty(self, height: int, width: int, count: int) -> dict[str, Tensor]:
         """Memory for the tensors of so many samples of this latent size, each (count, ...), with any content."""
         return {
-            name: torch.empty((count, *shape, *((height, width) if name == "latents" else ())), dtype=DTYPES[dtype])
+            name: torch.empty((count, *shape, *((height, width) if is_spatial(name) else ())), dtype=DTYPES[dtype])
             for name, (dtype, shape) in self.layout.items()
         }
 
@@ -203,9 +203,16 @@ def check_manifest(manifest: Any) -> dict[str, Any]:
     for name, (dtype, shape) in manifest["layout"].items():
         if dtype not in DTYPES or not all(0 <= side < 2**32 for side in shape):
             raise ValueError(f"tensor {name!r} makes no sense")
-    if len(manifest["layout"]["latents"][1]) != 1:
+    if any(len(shape) != 1 for name, (_, shape) in manifest["layout"].items() if is_spatial(name)):
         raise ValueError("its latents have no channels")
+    if "latents" not in manifest["layout"]:
+        raise ValueError("it has no latents")
     return manifest
+
+
+def is_spatial(name: str) -> bool:
+    """Whether a stored tensor has the height and width of its bucket: `latents`, and what else begins so."""
+    return name.startswith("latents")
 
 
 def _buckets(entries: Iterable[dict[str, int]]) -> Iterator[Bucket]:

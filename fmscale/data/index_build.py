@@ -31,6 +31,7 @@ from fmscale.data.index import (
     bad_samples,
     check_shards,
     checksums,
+    is_spatial,
 )
 from fmscale.data.sequence import stable_hash
 from fmscale.data.storage import LocalStorage
@@ -220,10 +221,14 @@ def _read_layout(file: BinaryIO, member: Member) -> tuple[Layout, int, int]:
     except DamageError as error:
         raise DamageError(f"{member.name!r} {error}") from error
     layout: Layout = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-    dtype, shape = layout.get("latents", ("", ()))
+    _, shape = layout.get("latents", ("", ()))
     if len(shape) != 3 or not prod(shape):
         raise DamageError(f"{member.name!r} has no tensor 'latents' of shape (channels, height, width)")
-    layout["latents"] = (dtype, shape[:1])
+    for name, (dtype, other) in layout.items():
+        if is_spatial(name):
+            if len(other) != 3 or other[1:] != shape[1:]:
+                raise DamageError(f"{member.name!r} has a tensor {name!r} of another height and width than its latents")
+            layout[name] = (dtype, other[:1])
     return layout, shape[1], shape[2]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from fmscale.data.tar import DamageError
 from fmscale.errors import OutageError, UserError
 
 Noise = Callable[[tuple[int, ...], int, int, Callable[[], dict[str, Any]]], Tensor]
+View = Callable[[dict[str, Tensor], int, Sequence[int]], dict[str, Tensor]]
 
 
 class WorkItem(NamedTuple):
@@ -42,6 +43,11 @@ class WorkItem(NamedTuple):
     samples: tuple[Address | None, ...]
 
 
+def as_stored(tensors: dict[str, Tensor], step: int, slots: Sequence[int]) -> dict[str, Tensor]:
+    """The view of a step in which nothing is random."""
+    return tensors
+
+
 def build_loader(
     mixture: Mixture,
     order: Order,
@@ -51,6 +57,7 @@ def build_loader(
     start_step: int,
     stop_step: int,
     noise: Noise,
+    view: View = as_stored,
     workers: int = 0,
     pin_memory: bool = False,
     worker_init: Callable[[int], None] | None = None,
@@ -66,6 +73,8 @@ def build_loader(
         stop_step: the step after the last.
         noise: (latents' shape, step, slot, reader of the sample's json) -> standard normal noise of that shape,
             float32, on the CPU.
+        view: (stored tensors of a micro-batch, step, its slots) -> the tensors that this step sees, (B, ...) each;
+            what it makes of a slot of weight 0 is of no account.
         workers: processes that read ahead; 0 reads in this one.
         pin_memory: put batches in page-locked memory.
         worker_init: each worker calls it first, with its number.
@@ -79,7 +88,7 @@ def build_loader(
         RuntimeError: a worker died; its text begins with `DataLoader worker`.
     """
     items = partial(work_items, mixture, order, split, rank, start_step, stop_step)
-    pipeline = webdataset.DataPipeline(items, partial(make_batches, mixture=mixture, noise=noise))
+    pipeline = webdataset.DataPipeline(items, partial(make_batches, mixture=mixture, noise=noise, view=view))
     loader = webdataset.WebLoader(
         pipeline, batch_size=None, num_workers=workers, pin_memory=pin_memory, worker_init_fn=worker_init
     )
@@ -120,15 +129,15 @@ def work_items(
         yield WorkItem(start_step + steps, mixture.buckets[plan.bucket], slots, samples)
 
 
-def make_batches(items: Iterable[WorkItem], mixture: Mixture, noise: Noise) -> Iterator[Batch]:
+def make_batches(items: Iterable[WorkItem], mixture: Mixture, noise: Noise, view: View) -> Iterator[Batch]:
     """Read what each item asks for; a slot that is padding, or whose sample is damaged, holds zeros with weight 0."""
     reader = RowReader()
     for item in items:
         mixture.expect([address for address in item.samples if address is not None])
-        yield _make_batch(item, mixture, noise, reader)
+        yield _make_batch(item, mixture, noise, view, reader)
 
 
-def _make_batch(item: WorkItem, mixture: Mixture, noise: Noise, reader: RowReader) -> Batch:
+def _make_batch(item: WorkItem, mixture: Mixture, noise: Noise, view: View, reader: RowReader) -> Batch:
     count = len(item.samples)
     tensors = mixture.empty(item.bucket, count)
     shape = tuple(tensors["latents"].shape[1:])
@@ -143,9 +152,10 @@ def _make_batch(item: WorkItem, mixture: Mixture, noise: Noise, reader: RowReade
                 weight[row] = 1
             except DamageError as damage:
                 bad.append(BadSample(keys[row], location.shard, str(damage)))
-        if not weight[row]:
-            for tensor in (drawn, *tensors.values()):
-                tensor[row] = 0
+    tensors = view(tensors, item.step, item.slots.tolist())
+    for row in (weight == 0).nonzero().flatten().tolist():
+        for tensor in (drawn, *tensors.values()):
+            tensor[row] = 0
     size = (item.bucket.height, item.bucket.width)
     return Batch(item.step, size, torch.from_numpy(item.slots), weight, tensors, drawn, tuple(keys), tuple(bad))
 

@@ -85,7 +85,7 @@ class Mixture:
 
     Attributes:
         buckets: of all datasets, by height, then width.
-        layout: dtype and shape of each stored tensor (of `latents`, the channels alone).
+        layout: dtype and shape of each stored tensor (of latents, the channels alone).
 
     Raises:
         UserError: two of them store different tensors.

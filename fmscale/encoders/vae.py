@@ -5,9 +5,10 @@ Latents are the posterior's, moved and scaled so that they have about zero mean 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,25 @@ from fmscale.files import sha256
 from fmscale.log import get_logger
 
 log = get_logger(__name__)
+LATENTS = "latents"  # what a dataset calls them: a mean, or one sample
+FLIPPED = "latents_flipped"  # those of the mirrored image
+LOG_VARIANCE = "_log_variance"  # after either name: of the posterior whose mean is stored under that name
+
+
+class Posterior(NamedTuple):
+    """Normal distribution of latents, each number apart from the others.
+
+    Attributes:
+        mean: of the latents.
+        log_variance: natural logarithm of their variance; shape of the mean.
+    """
+
+    mean: Tensor
+    log_variance: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """The latents that standard normal noise of the mean's shape stands for, in float32."""
+        return self.mean.float() + (self.log_variance.float() / 2).exp() * noise
 
 
 class Vae:
@@ -31,8 +51,9 @@ class Vae:
         shift_factor: mean of raw latents.
     """
 
-    def __init__(self, model: Any, files: tuple[Path, ...]) -> None:
-        self.model: Any = model.requires_grad_(False).eval()
+    def __init__(self, model: Any, files: tuple[Path, ...], memory_format: torch.memory_format) -> None:
+        self.model: Any = model.requires_grad_(False).eval().to(memory_format=memory_format)
+        self._memory_format = memory_format
         self.channels: int = model.config.latent_channels
         self.factor = 2 ** (len(model.config.block_out_channels) - 1)
         self.scaling_factor: float = model.config.scaling_factor
@@ -40,24 +61,24 @@ class Vae:
         self._files = files
 
     @torch.no_grad()
-    def encode(
-        self, images: Tensor, generator: torch.Generator | None = None, mode: Literal["mean", "sample"] = "mean"
-    ) -> Tensor:
-        """Images as latents: (z - shift_factor) * scaling_factor.
+    def posterior(self, images: Tensor) -> Posterior:
+        """The latents that images may have: (z - shift_factor) * scaling_factor, where the raw z are normal.
 
         Args:
             images: shape (B, 3, H, W), in [-1, 1]; H and W are multiples of `factor`.
-            generator: where "sample" draws from; torch's global one if None.
-            mode: take the posterior's mean, or one sample of it.
 
         Returns:
-            Shape (B, C, H / factor, W / factor), in the model's dtype and on its device.
+            Mean and logarithm of the variance, each (B, C, H / factor, W / factor), float32, on the model's device.
         """
-        assert mode in ("mean", "sample"), mode
         assert images.shape[-2] % self.factor == images.shape[-1] % self.factor == 0, images.shape
-        posterior = self.model.encode(images.to(self.model.device, self.model.dtype)).latent_dist
-        raw = posterior.mean if mode == "mean" else posterior.sample(generator)
-        return (raw - self.shift_factor) * self.scaling_factor
+        given = images.to(self.model.device, self.model.dtype, memory_format=self._memory_format)
+        raw = self.model.encode(given).latent_dist
+        mean = (raw.mean.float() - self.shift_factor) * self.scaling_factor
+        return Posterior(mean.contiguous(), (raw.logvar.float() + 2 * math.log(self.scaling_factor)).contiguous())
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The mean of `posterior`: latents that decode to the images."""
+        return self.posterior(images).mean
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -87,19 +108,33 @@ class Vae:
         self.model.save_pretrained(folder, safe_serialization=True)
 
 
-def load_vae(folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae:
+def load_vae(
+    folder: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    channels_last: bool = False,
+    compile: bool = False,
+    tile_px: int | None = None,
+) -> Vae:
     """A VAE from a diffusers folder on this machine.
 
     Args:
         folder: holds config.json and diffusion_pytorch_model.safetensors, as the `vae` folder of a pipeline does.
         device: where it computes.
         dtype: in which it computes, whatever the files hold.
+        channels_last: the order of numbers in memory; GPUs convolve faster so in 16 bits.
+        compile: compile the encoder with torch.compile.
+        tile_px: images with a longer side are taken in tiles of this side that overlap by a quarter and are blended, so
+            that memory does not grow with the image; None takes them whole. Norms and attention see one tile at a time,
+            so latents differ by about what the VAE loses anyway.
 
     Returns:
         The frozen VAE.
 
     Raises:
-        UserError: no such folder, not an AutoencoderKL, no safetensors, or weights that do not fill the model.
+        UserError: no such folder, not an AutoencoderKL, no safetensors, weights that do not fill the model, or tiles
+            that do not fit it.
     """
     from diffusers import AutoencoderKL
 
@@ -118,7 +153,19 @@ def load_vae(folder: Path | str, device: torch.device | str = "cpu", dtype: torc
     )
     if info["missing_keys"]:
         raise UserError(f"{folder}: the weights lack {info['missing_keys'][0]}; download the model again")
-    return Vae(model.to(device), files)
+    vae = Vae(model.to(device), files, torch.channels_last if channels_last else torch.contiguous_format)
+    if tile_px is not None:
+        _tile(vae, tile_px)
+    if compile:
+        vae.model.encoder.compile()
+    return vae
+
+
+def _tile(vae: Vae, tile_px: int) -> None:
+    if tile_px % (4 * vae.factor):  # a quarter of a tile must be whole latent pixels, or what overlaps is not the same
+        raise UserError(f"tiles of {tile_px} px: this VAE needs a multiple of {4 * vae.factor}")
+    vae.model.enable_tiling()
+    vae.model.tile_sample_min_size, vae.model.tile_latent_min_size = tile_px, tile_px // vae.factor
 
 
 def reopen_vae(folder: Path, made: Mapping[str, Any], device: torch.device | str = "cpu") -> Vae:

@@ -64,10 +64,49 @@ def test_encode_is_the_shifted_and_scaled_posterior(vae, split):
     posterior = vae.model.encode(images).latent_dist
     expected = (posterior.mean - vae.model.config.shift_factor) * vae.model.config.scaling_factor
     torch.testing.assert_close(vae.encode(images), expected)
-    sample = vae.encode(images, torch.Generator().manual_seed(3), "sample")
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(3))
     raw = posterior.sample(torch.Generator().manual_seed(3))
+    sample = vae.posterior(images).sample(noise)
     torch.testing.assert_close(sample, (raw - vae.shift_factor) * vae.scaling_factor)
     assert not torch.equal(sample, expected)
+
+
+def test_a_compiled_encoder_gives_the_same_latents(tmp_path):
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vae")
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    compiled = load_vae(tmp_path / "vae", compile=True)
+    torch.testing.assert_close(
+        compiled.posterior(images), load_vae(tmp_path / "vae").posterior(images), rtol=1e-4, atol=1e-5
+    )
+    compiled.save(tmp_path / "saved")
+    assert load_vae(tmp_path / "saved").identity() == compiled.identity()
+
+
+def test_ways_of_computing_change_little(split):
+    """Relative to the standard deviation of latents, which is 1."""
+    images = to_tensor(digits.enlarge(split.heldout_images[:4]))
+    expected = load_vae(DIGITS_VAE).posterior(images)
+    channels_last = load_vae(DIGITS_VAE, channels_last=True)
+    assert channels_last.model.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(channels_last.posterior(images), expected, atol=1e-4, rtol=1e-4)
+    for dtype, tolerance in ((torch.bfloat16, 0.2), (torch.float16, 0.02)):
+        posterior = load_vae(DIGITS_VAE, dtype=dtype).posterior(images)
+        assert posterior.mean.dtype == posterior.log_variance.dtype == torch.float32
+        assert 0 < (posterior.mean - expected.mean).abs().max() < tolerance
+
+
+def test_tiles_lose_no_more_than_the_vae_itself(vae, split):
+    page = digits.enlarge(split.heldout_images[:16]).reshape(4, 4, 64, 64, 3).swapaxes(1, 2).reshape(1, 256, 256, 3)
+    images = to_tensor(page)
+    tiled = load_vae(DIGITS_VAE, tile_px=128)
+    whole, pieces = vae.encode(images), tiled.encode(images)
+    assert pieces.shape == whole.shape
+    assert not torch.equal(pieces, whole)
+    assert psnr_db(vae.decode(whole), vae.decode(pieces)) > psnr_db(images, vae.decode(whole))
+    assert psnr_db(images, vae.decode(pieces)) > psnr_db(images, vae.decode(whole)) - 0.5
+    assert torch.equal(tiled.encode(images[..., :128, :128]), vae.encode(images[..., :128, :128]))
+    with pytest.raises(UserError, match="tiles of 48 px: this VAE needs a multiple of 32"):
+        load_vae(DIGITS_VAE, tile_px=48)
 
 
 def test_decode_undoes_scale_and_shift(vae):
@@ -82,7 +121,7 @@ def test_a_vae_without_shift_and_in_bf16(tmp_path):
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=2).save_pretrained(tmp_path)
     plain = load_vae(tmp_path, dtype=torch.bfloat16)
     assert (plain.factor, plain.channels, plain.shift_factor, plain.scaling_factor) == (1, 2, 0.0, 0.18215)
-    assert plain.encode(torch.zeros(1, 3, 4, 4)).dtype == torch.bfloat16
+    assert plain.decode(plain.encode(torch.zeros(1, 3, 4, 4))).dtype == torch.bfloat16
 
 
 def test_saved_model_gives_the_same_latents(vae, split, tmp_path):

@@ -1,0 +1,95 @@
+"""features.py: what is stored of images decodes to them again, mirrored or not; on real digits and the bundled VAE."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fmscale import digits
+from fmscale.config import EncodeConfig, check
+from fmscale.encoders.clip import random_clip
+from fmscale.encoders.vae import Posterior
+from fmscale.features import Encoder, Prepared
+from fmscale.quickstart import bundled_vae
+
+IMAGES = 12
+CLIP_SIZES = {"width": 16, "layers": 2, "heads": 2, "projection_dim": 8, "max_length": 12}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    random_clip(folder, seed=0, **CLIP_SIZES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Prepared]:
+    split = digits.load_split()
+    pixels = torch.from_numpy(digits.enlarge(split.heldout_images[:IMAGES])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    captions = [digits.caption(label) for label in split.heldout_labels[:IMAGES]]
+    return [
+        Prepared(f"digit{number}", picture, caption, {"caption": caption}, {})
+        for number, (picture, caption) in enumerate(zip(pixels, captions, strict=True))
+    ]
+
+
+def make_encoder(clip: Path, **settings: Any) -> Encoder:
+    source = {"path": str(clip)}
+    data = {"images": "none", "out": "none", "vae": str(bundled_vae()), "text": {"clip_l": source, "clip_g": source}}
+    return Encoder(check(EncodeConfig, data | {"dtype": "fp32"} | settings, "test"))
+
+
+def stored(encoder: Encoder, images: list[Prepared]) -> dict[str, torch.Tensor]:
+    """What is stored of the images, stacked."""
+    rows = [tensors for _, tensors in encoder.encode(images)]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def psnr_db(images: torch.Tensor, rebuilt: torch.Tensor) -> float:
+    return 10 * math.log10(4 / (images - rebuilt).square().mean().item())
+
+
+@pytest.mark.parametrize("kind", ["mean", "sample", "posterior"])
+def test_stored_latents_decode_to_the_images_and_their_mirror_images(
+    clip: Path, images: list[Prepared], kind: str
+) -> None:
+    encoder = make_encoder(clip, latents=kind, flip=True, dtype="bf16")
+    tensors = stored(encoder, images)
+    pixels = torch.stack([image.pixels for image in images])
+    lost_db = 2.0 if kind == "sample" else 0.5  # a sample is not the likeliest image; bf16 rounds
+    for name, shown in (("latents", pixels), ("latents_flipped", pixels.flip(-1))):
+        assert tensors[name].dtype == torch.bfloat16
+        rebuilt = encoder.vae.decode(tensors[name].float())
+        round_trip_db = psnr_db(shown, encoder.vae.decode(encoder.vae.encode(shown)))
+        assert psnr_db(shown, rebuilt) > max(28, round_trip_db - lost_db)
+        assert psnr_db(shown.flip(-1), rebuilt) < 20
+    log_variances = {"latents_log_variance", "latents_flipped_log_variance"} if kind == "posterior" else set()
+    assert {name for name in tensors if name.startswith("latents")} == {"latents", "latents_flipped"} | log_variances
+
+
+def test_a_posterior_is_stored_as_the_vae_gives_it(clip: Path, images: list[Prepared]) -> None:
+    encoder = make_encoder(clip, latents="posterior")
+    tensors = stored(encoder, images)
+    raw = encoder.vae.model.encode(torch.stack([image.pixels for image in images])).latent_dist
+    scale, shift = encoder.vae.scaling_factor, encoder.vae.shift_factor
+    torch.testing.assert_close(tensors["latents"], (raw.mean - shift) * scale, atol=1e-5, rtol=1e-5)
+    spread = (tensors["latents_log_variance"] / 2).exp()
+    torch.testing.assert_close(spread, raw.std * scale, atol=0, rtol=1e-4)
+
+
+def test_a_stored_sample_belongs_to_its_image_whatever_it_is_encoded_with(clip: Path, images: list[Prepared]) -> None:
+    encoder = make_encoder(clip, latents="sample", flip=True)
+    together, alone = stored(encoder, images), stored(encoder, images[3:4])
+    for name in ("latents", "latents_flipped"):
+        torch.testing.assert_close(together[name][3:4], alone[name], atol=1e-4, rtol=0)
+    posterior = Posterior(*encoder.vae.posterior(images[3].pixels[None]))
+    noise = (alone["latents"] - posterior.mean) / (posterior.log_variance / 2).exp()
+    assert abs(noise.mean().item()) < 0.25
+    assert 0.8 < noise.std().item() < 1.2
+    other = stored(make_encoder(clip, latents="sample", flip=True, seed=1), images[3:4])
+    assert not torch.equal(other["latents"], alone["latents"])

@@ -30,11 +30,19 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be used: its slot has weight 0 in the loss."""
+    """A sample that could not be used: its slot has weight 0 in the loss.
+
+    Attributes:
+        key: empty where a whole shard is meant.
+        shard: or file, where it lies.
+        reason: why.
+        detail: what the reason leaves out, where reasons are counted.
+    """
 
     key: str
     shard: str
     reason: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)

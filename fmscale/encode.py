@@ -1,6 +1,6 @@
 """Pre-encoding: images and captions -> aspect buckets -> indexed latent shards.
 
-data/images (bytes, caption) -> bucket -> resize and crop -> VAE ─┐
+data/sources (bytes, caption) -> bucket -> resize and crop -> VAE ─┐
                                         caption -> text encoders ─┴─► data/shards -> data/index
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import torch
 from fmscale.batch import BadSample
 from fmscale.config import EncodeConfig
 from fmscale.data.buckets import assign, grouped, make_buckets
-from fmscale.data.images import ImageError, SourceImage, fit, load_image, read_images, was_squared
+from fmscale.data.images import fit, load_image, was_squared
 from fmscale.data.index import Index, verify
 from fmscale.data.index_build import build_index, repair_index
+from fmscale.data.reasons import ImageError
 from fmscale.data.remote import RemoteOptions, is_remote, open_index
 from fmscale.data.shards import ShardWriter
+from fmscale.data.sources import SourceImage, open_source
 from fmscale.encoders.null import save_null
 from fmscale.encoders.vae import Vae
 from fmscale.errors import UserError
@@ -48,7 +51,7 @@ def encode(config: EncodeConfig) -> Index:
         UserError: a path is missing, `out` exists, buckets do not fit the VAE, the disk is full, or no image is usable.
     """
     buckets = list(config.buckets_px or make_buckets(config.resolution_px, config.bucket_step_px, config.max_aspect))
-    sources = read_images(config.images)
+    sources = chain.from_iterable(unit.read() for unit in open_source(config.images))
     with new_folder(config.out) as folder:
         encoder = Encoder(config)
         _check_buckets(buckets, encoder.vae)
@@ -99,7 +102,7 @@ def _prepare_all(
             image = prepare(source, buckets, max_pixels)
         except ImageError as error:
             name = source.key or source.shard if isinstance(source, BadSample) else source.key
-            failures.append(_skip(name, str(error)))
+            failures.append(_skip(name, error.reason, error.detail))
             continue
         squared += was_squared(image.source_meta)
         yield image
@@ -107,9 +110,9 @@ def _prepare_all(
         log.warning("%d images were made square by the program that fetched them: their aspect ratio is lost", squared)
 
 
-def _skip(key: str, reason: str) -> dict[str, str]:
-    log.warning("skipped %s: %s", key, reason)
-    return {"key": key, "reason": reason}
+def _skip(key: str, reason: str, detail: str = "") -> dict[str, str]:
+    log.warning("skipped %s: %s", key, f"{reason}: {detail}" if detail else reason)
+    return {"key": key, "reason": reason, "detail": detail}
 
 
 def prepare(source: SourceImage | BadSample, buckets: list[tuple[int, int]], max_pixels: int) -> Prepared:
@@ -124,7 +127,7 @@ def prepare(source: SourceImage | BadSample, buckets: list[tuple[int, int]], max
         ImageError: no caption, or the image cannot be decoded.
     """
     if isinstance(source, BadSample):
-        raise ImageError(source.reason)
+        raise ImageError(source.reason, source.detail)
     picture = load_image(source.data, max_pixels)
     bucket = assign(picture.height, picture.width, buckets)
     pixels, crop = fit(picture, *bucket)

@@ -1,0 +1,258 @@
+"""Where images and their captions come from: a source is a list of units, each the work of one claim.
+
+open_source   place -> units
+TarUnit       a WebDataset tar, here or behind a URL
+FolderUnit    a run of the files of a folder, captions beside them
+TableUnit     a run of the rows of a Hugging Face image folder's table
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, Protocol
+
+from fmscale.batch import BadSample
+from fmscale.data import reasons
+from fmscale.data.captions import Captions
+from fmscale.data.reasons import ImageError
+from fmscale.data.tar import MAX_MEMBER_BYTES, DamageError, Member, find_tars, walk
+from fmscale.errors import UserError
+
+SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif"})
+FILES_PER_UNIT = 1000
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """A picture as it lies in its source.
+
+    Attributes:
+        key: unique in the source, without dots or slashes: the key of the sample made of it.
+        data: the encoded file.
+        caption: the one that was drawn; not empty.
+        source: where it came from, for people: a path, or shard and member.
+        captions: all of them, by place (see `Captions`).
+        caption_from: the place of the one that was drawn.
+        meta: its json, where the source has one.
+    """
+
+    key: str
+    data: bytes
+    caption: str
+    source: str
+    captions: Mapping[str, str]
+    caption_from: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class Unit(Protocol):
+    """A piece of a source. It can be pickled; reading it twice gives the same images in the same order."""
+
+    @property
+    def name(self) -> str:
+        """Unique in the source, fit for a file's name; it changes where other images come to belong to the unit."""
+
+    def read(self) -> Iterator[SourceImage | BadSample]:
+        """Every image, one at a time, or why it cannot be used.
+
+        Raises:
+            OutageError: the place cannot be reached.
+        """
+
+
+def open_source(
+    place: str | Path, captions: Captions | None = None, files_per_unit: int = FILES_PER_UNIT
+) -> Sequence[Unit]:
+    """The units of a source, in an order that never changes.
+
+    Args:
+        place: a folder of images (at any depth) with a .txt or .json beside each; or a WebDataset tar, or a folder of
+            them, as img2dataset writes them: KEY.jpg with KEY.txt, or with "caption" in KEY.json.
+        captions: which captions are taken.
+        files_per_unit: images of a folder that make one unit, > 0.
+
+    Raises:
+        UserError: there is no such place, or it holds neither images nor tars, or both.
+    """
+    captions, path = captions or Captions(), Path(place)
+    if path.is_file() and path.suffix == ".tar":
+        return [TarUnit(path.parent, path.name, captions)]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder or tar: give a folder of images with captions, or of WebDataset tars")
+    tars, first = find_tars(path), next(_image_paths(path), None)
+    if tars and first:
+        raise UserError(f"{path} holds both tars and images ({first.name}): give a folder that holds one kind")
+    if not tars and not first:
+        raise UserError(f"{path} holds no *.tar and no image ({', '.join(sorted(SUFFIXES))}): give another folder")
+    if tars:
+        return [TarUnit(path, tar.name, captions) for tar in tars]
+    files = (file.relative_to(path).as_posix() for file in _image_paths(path))
+    images = [tuple(same) for _, same in groupby(files, key=lambda file: os.path.splitext(file)[0])]
+    runs = [tuple(images[start : start + files_per_unit]) for start in range(0, len(images), files_per_unit)]
+    return [FolderUnit(path, number, run, captions) for number, run in enumerate(runs)]
+
+
+def _image_paths(folder: Path) -> Iterator[Path]:
+    """Images at any depth, in an order that is the same everywhere: files of one name follow one another."""
+    for root, folders, files in os.walk(folder, onerror=_refuse_folder):
+        folders.sort()
+        for name in sorted(files, key=os.path.splitext):
+            if name.rpartition(".")[2].lower() in SUFFIXES and not name.startswith("."):
+                yield Path(root, name)
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class FolderUnit:
+    """A run of the images of a folder.
+
+    Attributes:
+        folder: of the source.
+        number: of the run, from 0.
+        files: paths in the folder; those that differ in nothing but the extension are together.
+        captions: which are taken.
+    """
+
+    folder: Path
+    number: int
+    files: tuple[tuple[str, ...], ...]
+    captions: Captions
+
+    @property
+    def name(self) -> str:
+        """See `Unit`."""
+        return _run_name(self.number, [file for same in self.files for file in same])
+
+    def read(self) -> Iterator[SourceImage | BadSample]:
+        """See `Unit`."""
+        for file, *others in self.files:
+            key = safe_key(os.path.splitext(file)[0])
+            yield self._image(key, file)
+            for other in others:
+                yield BadSample(key, other, reasons.SAME_KEY, f"its caption belongs to {file}")
+
+    def _image(self, key: str, file: str) -> SourceImage | BadSample:
+        path = self.folder / file
+        beside = {end: path.with_suffix(f".{end}") for end in sorted({"json", *self.captions.extensions})}
+        try:
+            texts = {end: other.read_bytes() for end, other in beside.items() if other.is_file()}
+            return make_image(key, path.read_bytes(), texts, file, self.captions)
+        except ImageError as error:
+            return BadSample(key, file, error.reason, error.detail)
+        except OSError as error:
+            return BadSample(key, file, reasons.UNREADABLE, str(error))
+
+
+def _run_name(number: int, members: Sequence[str]) -> str:
+    digest = hashlib.blake2b("\0".join(members).encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+    return f"files-{number:05d}-{digest}"
+
+
+@dataclass(frozen=True)
+class TarUnit:
+    """A WebDataset tar.
+
+    Attributes:
+        folder: that it lies in.
+        file: its name there.
+        captions: which are taken.
+    """
+
+    folder: Path
+    file: str
+    captions: Captions
+
+    @property
+    def name(self) -> str:
+        """See `Unit`."""
+        return safe_key(self.file.removesuffix(".tar"))
+
+    def read(self) -> Iterator[SourceImage | BadSample]:
+        """See `Unit`."""
+        try:
+            with (self.folder / self.file).open("rb") as file:
+                yield from self._samples(file)
+        except (DamageError, OSError) as error:
+            yield BadSample("", self.file, reasons.DAMAGED_TAR, f"{error}; the rest of this tar is not read")
+
+    def _samples(self, file: BinaryIO) -> Iterator[SourceImage | BadSample]:
+        seen: set[str] = set()
+        for name, run in groupby(self._contents(file), key=lambda content: content[0].key):
+            key = safe_key(f"{self.file.removesuffix('.tar')}/{name}")
+            members = list(run)
+            try:
+                if name in seen:
+                    raise ImageError(reasons.SAME_KEY, "or its members do not lie side by side in the tar")
+                seen.add(name)
+                yield self._sample(members, key, f"{self.file}/{name}")
+            except ImageError as error:
+                yield BadSample(key, self.file, error.reason, error.detail)
+
+    def _contents(self, file: BinaryIO) -> Iterator[tuple[Member, bytes]]:
+        """Members with the bytes of those that are of use: from a network, a tar is read once, from start to end."""
+        wanted = {*SUFFIXES, "json", *self.captions.extensions}
+        for member in walk(file):
+            content = b""
+            if member.extension in wanted and member.size <= MAX_MEMBER_BYTES:
+                file.seek(member.start)
+                content = file.read(member.size)
+            yield member, content
+
+    def _sample(self, members: Sequence[tuple[Member, bytes]], key: str, source: str) -> SourceImage:
+        for member, _ in members:
+            if member.size > MAX_MEMBER_BYTES:
+                raise ImageError(reasons.TOO_MANY_BYTES, f"{member.name!r} has {member.size}")
+        images = [(member, content) for member, content in members if member.extension in SUFFIXES]
+        if len(images) != 1:
+            names = ", ".join(repr(member.name) for member, _ in images) or "none"
+            raise ImageError(reasons.NO_IMAGE, f"{names} (a key ends at the first dot of a name)")
+        texts = {member.extension: content for member, content in members if member.extension not in SUFFIXES}
+        return make_image(key, images[0][1], texts, source, self.captions)
+
+
+def make_image(key: str, data: bytes, texts: Mapping[str, bytes], source: str, captions: Captions) -> SourceImage:
+    """Put an image and what lies beside it together.
+
+    Args:
+        key: of the image.
+        data: the encoded file.
+        texts: what lies beside it, by extension.
+        source: where it came from, for people.
+        captions: which are taken.
+
+    Raises:
+        ImageError: no caption, or the json is none.
+    """
+    meta = _object(texts["json"]) if "json" in texts else {}
+    chosen, every = captions.choose(key, texts, meta)
+    return SourceImage(key, data, every[chosen], source, every, chosen, meta)
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ImageError(reasons.BAD_JSON, str(error)) from error
+    if not isinstance(value, dict):
+        raise ImageError(reasons.BAD_JSON, f"it is a {type(value).__name__}")
+    return value
+
+
+def safe_key(name: str) -> str:
+    """A sample key made of a path: no slash, dot or unprintable character.
+
+    Slashes become `__`; where the path cannot be told from the key, a digest of the path is added.
+    """
+    key = "".join(char if char.isprintable() and char != "." else "_" for char in name).replace("/", "__")
+    if key.replace("__", "/") == name:
+        return key
+    return f"{key}-{hashlib.blake2b(os.fsencode(name), digest_size=6).hexdigest()}"

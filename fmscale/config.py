@@ -259,6 +259,22 @@ class TextConfig(Section):
     """Tokens of T5, or of the zeros in its place; 256 is what the stock pipeline uses unless told otherwise."""
 
 
+class ScoreRange(Section):
+    min: float | None = None
+    """Lower scores are refused."""
+    max: float | None = None
+    """Higher scores are refused."""
+
+
+class FilterConfig(Section):
+    min_side_px: Annotated[int, Field(ge=0)] = 0
+    """Images with a shorter side are refused."""
+    max_aspect: Annotated[float, Field(ge=1)] | None = None
+    """Images with more of the long side over the short side are refused."""
+    scores: dict[Place, ScoreRange] = {}
+    """Ranges of fields of an image's json, such as `aesthetic: {min: 5}`; an image without the field is refused."""
+
+
 class VaeComputeConfig(Section):
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the VAE."""
@@ -272,21 +288,27 @@ class VaeComputeConfig(Section):
 
 
 class EncodeConfig(Section):
-    images: Path
-    """A folder of images with a .txt caption beside each, or WebDataset tars as img2dataset writes them."""
+    images: Place
+    """A folder of images with a .txt or .json beside each, or WebDataset tars as img2dataset writes them."""
+    captions: dict[Place, Annotated[float, Field(ge=0)]] = {}
+    """Where captions are, and how often each is drawn: `txt: 1, json.synthetic: 3`; empty takes the one there is."""
+    filters: FilterConfig = FilterConfig()
+    """Which images are wanted."""
     out: Path
     """Dataset to write: latent shards and their index."""
     vae: Path
     """Local AutoencoderKL folder."""
     text: TextConfig
-    resolution_px: Positive = 256
-    """Side of the square with the area of every bucket."""
+    resolutions_px: Annotated[tuple[Positive, ...], Field(min_length=1)] = (256,)
+    """Sides of squares: buckets have the area of one. An image goes into each that it is large enough for."""
     bucket_step_px: Positive = 64
     """Bucket sides are multiples of this."""
     max_aspect: Annotated[float, Field(ge=1)] = 2.0
     """Longest side over shortest side of the most extreme bucket."""
     buckets_px: Annotated[tuple[tuple[Positive, Positive], ...], Field(min_length=1)] | None = None
     """Explicit (height, width) pairs in place of the three keys above."""
+    max_upscale: Annotated[float, Field(ge=1)] = 1.25
+    """Images that would be enlarged more than so many times for a bucket do not go into it."""
     vae_compute: VaeComputeConfig = VaeComputeConfig()
     """How the VAE is run."""
     latents: Literal["mean", "sample", "posterior"] = "mean"
@@ -303,6 +325,14 @@ class EncodeConfig(Section):
     max_pixels: Positive = 100_000_000
     """Larger images are refused before they are decoded."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _sound_captions_and_resolutions(self) -> EncodeConfig:
+        if self.captions and not any(self.captions.values()):
+            raise ValueError("captions: every weight is 0: give one of them more")
+        if len(set(self.resolutions_px)) < len(self.resolutions_px):
+            raise ValueError("resolutions_px: one comes twice")
+        return self
 
 
 class ReflowConfig(Section):

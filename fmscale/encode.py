@@ -15,20 +15,21 @@ from typing import Any
 
 import torch
 
+from fmscale import inputs
 from fmscale.batch import BadSample
 from fmscale.config import EncodeConfig
-from fmscale.data.buckets import assign, grouped, make_buckets
-from fmscale.data.images import fit, load_image, was_squared
+from fmscale.data.buckets import grouped
 from fmscale.data.index import Index, verify
 from fmscale.data.index_build import build_index, repair_index
+from fmscale.data.prepare import Preparation, Prepared
 from fmscale.data.reasons import ImageError
 from fmscale.data.remote import RemoteOptions, is_remote, open_index
 from fmscale.data.shards import ShardWriter
-from fmscale.data.sources import SourceImage, open_source
+from fmscale.data.sources import SourceImage
 from fmscale.encoders.null import save_null
 from fmscale.encoders.vae import Vae
 from fmscale.errors import UserError
-from fmscale.features import Encoder, Prepared
+from fmscale.features import Encoder
 from fmscale.files import new_folder
 from fmscale.log import get_logger, progress
 
@@ -50,12 +51,12 @@ def encode(config: EncodeConfig) -> Index:
     Raises:
         UserError: a path is missing, `out` exists, buckets do not fit the VAE, the disk is full, or no image is usable.
     """
-    buckets = list(config.buckets_px or make_buckets(config.resolution_px, config.bucket_step_px, config.max_aspect))
-    sources = chain.from_iterable(unit.read() for unit in open_source(config.images))
+    preparation = inputs.preparation(config)
+    sources = chain.from_iterable(unit.read() for unit in inputs.open_units(config))
     with new_folder(config.out) as folder:
         encoder = Encoder(config)
-        _check_buckets(buckets, encoder.vae)
-        failures = _encode_all(config, encoder, buckets, folder, sources)
+        _check_buckets(preparation, encoder.vae)
+        failures = _encode_all(config, encoder, preparation, folder, sources)
         if not list(folder.glob("*.tar")):
             raise UserError(f"images: no image in {config.images} could be encoded ({_tally(failures)})")
         save_null(folder, encoder.null())
@@ -71,7 +72,7 @@ def encode(config: EncodeConfig) -> Index:
 def _encode_all(
     config: EncodeConfig,
     encoder: Encoder,
-    buckets: list[tuple[int, int]],
+    preparation: Preparation,
     folder: Path,
     sources: Iterator[SourceImage | BadSample],
 ) -> list[dict[str, str]]:
@@ -79,7 +80,7 @@ def _encode_all(
     failures: list[dict[str, str]] = []
     with ShardWriter(folder, samples_per_shard=config.shard_samples) as writer, progress() as bar:
         counted = bar.track(sources, total=None, description="encode")
-        images = _prepare_all(counted, buckets, config.max_pixels, failures)
+        images = _prepare_all(counted, preparation, failures)
         for batch in grouped(images, lambda image: image.pixels.shape, config.batch):
             for image, tensors in encoder.encode(batch):
                 if all(bool(torch.isfinite(value).all()) for value in tensors.values()):
@@ -91,23 +92,22 @@ def _encode_all(
 
 def _prepare_all(
     sources: Iterable[SourceImage | BadSample],
-    buckets: list[tuple[int, int]],
-    max_pixels: int,
+    preparation: Preparation,
     failures: list[dict[str, str]],
 ) -> Iterator[Prepared]:
     """The images that can be used; the others are added to `failures`."""
-    squared = 0
+    padded = 0
     for source in sources:
         try:
-            image = prepare(source, buckets, max_pixels)
+            images = preparation.prepare(source)
         except ImageError as error:
             name = source.key or source.shard if isinstance(source, BadSample) else source.key
             failures.append(_skip(name, error.reason, error.detail))
             continue
-        squared += was_squared(image.source_meta)
-        yield image
-    if squared:
-        log.warning("%d images were made square by the program that fetched them: their aspect ratio is lost", squared)
+        padded += images[0].padded
+        yield from images
+    if padded:
+        log.warning("%d images seem to have been padded to squares: their aspect ratio is lost", padded)
 
 
 def _skip(key: str, reason: str, detail: str = "") -> dict[str, str]:
@@ -115,34 +115,8 @@ def _skip(key: str, reason: str, detail: str = "") -> dict[str, str]:
     return {"key": key, "reason": reason, "detail": detail}
 
 
-def prepare(source: SourceImage | BadSample, buckets: list[tuple[int, int]], max_pixels: int) -> Prepared:
-    """Decode an image, find its bucket, and fit it.
-
-    Args:
-        source: bytes and caption, or why they cannot be had.
-        buckets: (height, width) in pixels.
-        max_pixels: larger images are refused before they are decoded.
-
-    Raises:
-        ImageError: no caption, or the image cannot be decoded.
-    """
-    if isinstance(source, BadSample):
-        raise ImageError(source.reason, source.detail)
-    picture = load_image(source.data, max_pixels)
-    bucket = assign(picture.height, picture.width, buckets)
-    pixels, crop = fit(picture, *bucket)
-    meta = {
-        "caption": source.caption,
-        "source": source.source,
-        "original_size_px": [picture.height, picture.width],
-        "crop_px": list(crop),
-        "size_px": list(bucket),
-    }
-    return Prepared(source.key, pixels, source.caption, meta, source.meta)
-
-
-def _check_buckets(buckets: list[tuple[int, int]], vae: Vae) -> None:
-    for height, width in buckets:
+def _check_buckets(preparation: Preparation, vae: Vae) -> None:
+    for height, width in chain.from_iterable(preparation.resolutions.values()):
         if height % vae.factor or width % vae.factor:
             raise UserError(
                 f"bucket {height}x{width} px: the VAE needs multiples of {vae.factor} px; see bucket_step_px"

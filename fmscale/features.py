@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +10,13 @@ import torch
 from torch import Tensor
 
 from fmscale.config import EncodeConfig
+from fmscale.data.prepare import Prepared
 from fmscale.distributed import world_from_environment
 from fmscale.encoders.text import TextEncoders, load_text_encoders
 from fmscale.encoders.vae import FLIPPED, LATENTS, LOG_VARIANCE, Vae, load_vae
 from fmscale.flow.noise import draw_noise
 
 STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """An image that fits its bucket, on its way to the encoders.
-
-    Attributes:
-        key: unique in the dataset.
-        pixels: shape (3, H, W), in [-1, 1].
-        caption: as given.
-        meta: what the sample's json will say.
-        source_meta: what the source's json said.
-    """
-
-    key: str
-    pixels: Tensor
-    caption: str
-    meta: dict[str, Any]
-    source_meta: dict[str, Any]
 
 
 class Encoder:

@@ -28,7 +28,7 @@ def make_buckets(resolution_px: int, step_px: int, max_aspect: float) -> list[tu
     """
     if step_px < 1 or resolution_px < step_px or resolution_px % step_px:
         raise UserError(
-            f"resolution_px {resolution_px} is no positive multiple of step_px {step_px}: change one of them"
+            f"a resolution of {resolution_px} px is no positive multiple of bucket_step_px {step_px}: change one"
         )
     if max_aspect < 1:
         raise UserError(f"max_aspect {max_aspect} is less than 1: give the long side over the short side, e.g. 2")

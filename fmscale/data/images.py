@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fmscale.data import reasons
 from fmscale.data.reasons import ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # decoders that start no other program
+FLAT = 12  # levels of 255 by which a bar of one colour varies after a JPEG
+MIN_PADDED_PX = 64  # in smaller pictures a flat border says nothing
+
+
+class Picture(NamedTuple):
+    """A decoded picture.
+
+    Attributes:
+        image: RGB, upright.
+        colour_profile: what became of the profile in the file: `none`, `converted`, or `unusable`.
+    """
+
+    image: Image.Image
+    colour_profile: str
 
 
 def was_squared(meta: dict[str, Any]) -> bool:
@@ -29,8 +44,23 @@ def was_squared(meta: dict[str, Any]) -> bool:
     return width == height > 0 and abs(original_width - original_height) > 0.02 * original_height
 
 
-def load_image(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode a picture: upright, RGB, transparency laid on white.
+def looks_padded(image: Image.Image) -> bool:
+    """Whether a square picture has bars on two opposite sides, all of one colour, and none on the other two.
+
+    Args:
+        image: RGB.
+    """
+    if image.width != image.height or image.width < MIN_PADDED_PX:
+        return False
+    pixels, bar = np.asarray(image), max(2, image.width // 50)
+    rows = np.concatenate([pixels[:bar], pixels[-bar:]]).reshape(-1, 3)
+    columns = np.concatenate([pixels[:, :bar], pixels[:, -bar:]]).reshape(-1, 3)
+    flat = [int(np.ptp(side, axis=0).max()) <= FLAT for side in (rows, columns)]
+    return flat[0] != flat[1]
+
+
+def load_image(data: bytes, max_pixels: int) -> Picture:
+    """Decode a picture: the first frame, upright, sRGB, transparency laid on white.
 
     Args:
         data: the encoded file.
@@ -44,7 +74,7 @@ def load_image(data: bytes, max_pixels: int) -> Image.Image:
             if image.width * image.height > max_pixels:
                 raise ImageError(reasons.TOO_MANY_PIXELS, f"{image.width} x {image.height}, the limit is {max_pixels}")
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _to_srgb(ImageOps.exif_transpose(image), image.info.get("icc_profile"))
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -56,17 +86,60 @@ def load_image(data: bytes, max_pixels: int) -> Image.Image:
         raise ImageError(reason, f"{type(error).__name__}: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Picture:
+    colours, alpha = _eight_bits(image)
+    transform = _transform(profile, colours.mode) if profile else None
+    note = "none" if not profile else "converted" if transform else "unusable"
+    colours = transform.apply(colours) if transform else colours.convert("RGB")
+    if alpha is not None:
+        colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
+    return Picture(colours, note)
+
+
+def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colours as L, RGB, CMYK or LAB, 8 bits each, and their opacity, or None where all is opaque."""
     if image.mode == "F":
         raise ImageError(reasons.UNKNOWN_RANGE, "floating-point numbers")
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 8
-        pixels = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
-        return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):
+        return _from_sixteen_bits(image)
+    clear = image.info.get("transparency")
+    if isinstance(clear, tuple) and max(clear) > 255:  # Pillow cuts a PNG's 16 bits to 8, but not those of this colour
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+        image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
+        return image.convert(image.mode[:-1]), image.getchannel("A")
+    if image.mode in ("1", "P"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    return image, None
+
+
+def _from_sixteen_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """A grey picture of 16 bits, which Pillow would clip to 8."""
+    pixels = np.asarray(image).astype(np.int64)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ImageError(reasons.UNKNOWN_RANGE, f"integers from {pixels.min()} to {pixels.max()}")
+    grey = Image.fromarray(np.rint(pixels / 257).astype(np.uint8))
+    clear = image.info.get("transparency")
+    return grey, None if clear is None else Image.fromarray(np.where(pixels == clear, 0, 255).astype(np.uint8))
+
+
+@lru_cache(maxsize=64)  # most pictures share a few profiles, and a transform takes milliseconds to make
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """What brings pixels of a mode from a colour profile to sRGB; None where the profile is broken or of other colours.
+
+    Viewers, too, show a picture with such a profile as if it had none.
+    """
+    try:
+        return ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError):
+        return None
 
 
 def fit(image: Image.Image, height: int, width: int) -> tuple[Tensor, tuple[float, float, float, float]]:

@@ -25,7 +25,6 @@ from fmscale.data.tar import MAX_MEMBER_BYTES, DamageError, Member, find_tars, w
 from fmscale.errors import UserError
 
 SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif"})
-FILES_PER_UNIT = 1000
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,7 @@ class Unit(Protocol):
         """
 
 
-def open_source(
-    place: str | Path, captions: Captions | None = None, files_per_unit: int = FILES_PER_UNIT
-) -> Sequence[Unit]:
+def open_source(place: str | Path, captions: Captions | None = None, files_per_unit: int = 10_000) -> Sequence[Unit]:
     """The units of a source, in an order that never changes.
 
     Args:

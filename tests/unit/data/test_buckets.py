@@ -26,7 +26,7 @@ def test_max_aspect_one_is_the_square() -> None:
 
 @pytest.mark.parametrize("wrong", [(500, 64, 2), (0, 64, 2), (512, 0, 2), (32, 64, 2), (512, 64, 0.5)])
 def test_impossible_buckets_are_the_users_error(wrong: tuple[int, int, float]) -> None:
-    with pytest.raises(UserError, match=r"resolution_px|max_aspect"):
+    with pytest.raises(UserError, match=r"bucket_step_px|max_aspect"):
         make_buckets(*wrong)
 
 

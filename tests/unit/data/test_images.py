@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from PIL import Image
 
 from fmscale.data import reasons
-from fmscale.data.images import fit, load_image, was_squared
+from fmscale.data.images import fit, load_image, looks_padded, was_squared
 from fmscale.data.reasons import ImageError
 
 MAX_PIXELS = 10_000
@@ -54,11 +56,125 @@ def test_load_lays_transparency_on_white(mode: str) -> None:
     assert pixels[:, 2:].min() == 255
 
 
-def test_load_scales_sixteen_bit_pictures() -> None:
-    ramp = np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)
-    pixels = np.asarray(load_image(encode(ramp), MAX_PIXELS).image)
-    assert pixels.shape == (4, 4, 3)
-    assert np.abs(pixels[..., 0] - ramp / 257).max() <= 1
+def png(colour_type: int, rows: np.ndarray, clear: list[int] | None = None) -> bytes:
+    """A PNG of 16 bits a channel, which Pillow cannot write; colour types: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width = rows.shape[:2]
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))
+    transparent = chunk(b"tRNS", struct.pack(f">{len(clear)}H", *clear)) if clear else b""
+    packed = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + head + transparent + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("colour_type", [0, 2, 4, 6])
+def test_load_scales_every_png_of_sixteen_bits(colour_type: int) -> None:
+    """Its own alpha, or a transparent colour, laid on white."""
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour_type]
+    values = np.random.default_rng(0).integers(0, 65536, (5, 7, channels))
+    colours = values[..., : 1 if channels < 3 else 3] / 257
+    if channels in (2, 4):
+        opacity = values[..., -1:] / 65535
+        expected, data = colours * opacity + 255 * (1 - opacity), png(colour_type, values)
+    else:
+        expected, data = colours.copy(), png(colour_type, values, clear=values[0, 0].tolist())
+        expected[0, 0] = 255
+    pixels = np.asarray(load_image(data, MAX_PIXELS).image)
+    assert pixels.shape == (5, 7, 3)
+    assert np.abs(pixels - expected).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "1"])
+def test_load_lays_a_transparent_colour_on_white(mode: str) -> None:
+    image = Image.new(mode, (4, 4))
+    data = encode(image, transparency=(0, 0, 0) if mode == "RGB" else 0)
+    assert np.asarray(load_image(data, MAX_PIXELS).image).min() == 255
+    assert np.asarray(load_image(encode(image), MAX_PIXELS).image).max() == 0
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_load_takes_the_first_frame(form: str) -> None:
+    first, second = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    image = load_image(encode(first, form, save_all=True, append_images=[second]), MAX_PIXELS).image
+    assert np.abs(np.asarray(image).astype(int) - (255, 0, 0)).max() <= 4
+
+
+def test_load_takes_the_first_picture_of_a_stereo_jpeg() -> None:
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    data = encode(first, "MPO", save_all=True, append_images=[second])
+    assert np.abs(np.asarray(load_image(data, MAX_PIXELS).image).astype(int) - (255, 0, 0)).max() <= 4
+
+
+def icc(red: tuple[int, int, int], gamma: float) -> bytes:
+    """A colour profile, version 2: sRGB's but for the red primary, in XYZ times 65,536 (D50), and the curve."""
+    xyz = {
+        b"rXYZ": red,
+        b"gXYZ": (25_240, 46_983, 6_363),
+        b"bXYZ": (9_376, 3_972, 46_799),
+        b"wtpt": (63_190, 65_536, 54_061),
+    }
+    tags = {name: b"XYZ " + bytes(4) + struct.pack(">3i", *value) for name, value in xyz.items()}
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    tags |= {b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
+    offset, table, body = 132 + 12 * len(tags), b"", b""
+    for name, data in tags.items():
+        table += name + struct.pack(">II", offset + len(body), len(data))
+        body += data
+    size = offset + len(body)
+    head = struct.pack(">I4sI", size, b"lcms", 0x02400000) + b"mntrRGB XYZ " + struct.pack(">6H", 2026, 1, 1, 0, 0, 0)
+    head += b"acsp" + bytes(28) + struct.pack(">3I", 63_190, 65_536, 54_061)
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+def test_load_brings_colours_to_srgb() -> None:
+    """In a space of gamma 1, half of the light is 188 of 255 in sRGB; one of gamma 2.2 nearly is sRGB."""
+    red = (28_578, 14_581, 912)
+    grey = Image.new("RGB", (4, 4), (128, 128, 128))
+    linear = load_image(encode(grey, icc_profile=icc(red, 1.0)), MAX_PIXELS)
+    assert linear.colour_profile == "converted"
+    assert np.abs(np.asarray(linear.image).astype(int) - 188).max() <= 2
+    near = load_image(encode(grey, icc_profile=icc(red, 2.2)), MAX_PIXELS)
+    assert np.abs(np.asarray(near.image).astype(int) - 128).max() <= 2
+    wide = load_image(encode(Image.new("RGB", (4, 4), (200, 60, 60)), icc_profile=icc((39_000, 17_500, 500), 2.2)), 99)
+    assert np.asarray(wide.image)[0, 0, 0] >= 225  # a wider red is redder in sRGB
+
+
+def test_colours_under_alpha_are_brought_to_srgb() -> None:
+    image = Image.new("RGBA", (4, 4), (128, 128, 128, 128))
+    picture = load_image(encode(image, icc_profile=icc((28_578, 14_581, 912), 1.0)), MAX_PIXELS)
+    assert np.abs(np.asarray(picture.image).astype(int) - (188 + 255) / 2).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_profile_that_does_not_fit_is_noted_and_left_out(mode: str) -> None:
+    form = "JPEG" if mode == "CMYK" else "PNG"
+    image = Image.new("RGB", (4, 4), (128, 128, 128)).convert(mode)
+    for profile in (b"no profile", *([icc((28_578, 14_581, 912), 1.0)] if mode != "RGB" else [])):
+        picture = load_image(encode(image, form, icc_profile=profile), MAX_PIXELS)
+        assert picture.colour_profile == "unusable"
+        assert np.abs(np.asarray(picture.image).astype(int) - 128).max() <= 2
+    assert load_image(encode(image, form), MAX_PIXELS).colour_profile == "none"
+
+
+def test_bars_on_two_sides_of_a_square_are_padding() -> None:
+    noise = Image.open(io.BytesIO(NOISE)).resize((100, 60))
+    for colour in ("white", "black", "gray"):
+        padded = Image.new("RGB", (100, 100), colour)
+        padded.paste(noise, (0, 20))
+        assert looks_padded(padded)
+        assert looks_padded(padded.transpose(Image.Transpose.ROTATE_90))
+        assert looks_padded(load_image(encode(padded, "JPEG", quality=80), MAX_PIXELS).image)
+        assert not looks_padded(padded.crop((0, 1, 100, 100)))  # no square
+        assert not looks_padded(padded.resize((40, 40)))
+    alone = Image.new("RGB", (100, 100), "white")  # a thing on white has room on all four sides
+    alone.paste(noise.resize((50, 50)), (25, 25))
+    assert not looks_padded(alone)
+    assert not looks_padded(noise.resize((100, 100)))
+    sky = Image.new("RGB", (100, 100), "skyblue")
+    sky.paste(noise, (0, 40))
+    assert not looks_padded(sky)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "CMYK", "RGB"])
@@ -84,6 +200,7 @@ def test_load_makes_rgb_of_other_modes(mode: str) -> None:
         (encode(np.zeros((101, 100), dtype=np.uint8)), reasons.TOO_MANY_PIXELS),
         (encode(np.zeros((20_000, 20_000), dtype=np.uint8)), reasons.TOO_MANY_PIXELS),
         (encode(Image.new("F", (4, 4)), "TIFF"), reasons.UNKNOWN_RANGE),
+        (encode(Image.new("I", (4, 4), 70_000), "TIFF"), reasons.UNKNOWN_RANGE),
     ],
 )
 def test_broken_pictures_have_a_reason(data: bytes, reason: str) -> None:

@@ -289,7 +289,9 @@ class VaeComputeConfig(Section):
 
 class EncodeConfig(Section):
     images: Place
-    """A folder of images with a .txt or .json beside each, or WebDataset tars as img2dataset writes them."""
+    """A folder of images with a .txt or .json beside each, or with the metadata.csv or metadata.jsonl of Hugging Face's
+    image folders; or WebDataset tars as img2dataset writes them: a folder, its URL, or names like `…/{000..099}.tar`.
+    """
     captions: dict[Place, Annotated[float, Field(ge=0)]] = {}
     """Where captions are, and how often each is drawn: `txt: 1, json.synthetic: 3`; empty takes the one there is."""
     filters: FilterConfig = FilterConfig()

@@ -238,9 +238,24 @@ class RemoteStorage:
         return done
 
     def open(self, name: str) -> BinaryIO:
-        """See `Storage`."""
-        assert self.shards is not None, "the index is open"
-        return cast(BinaryIO, io.BufferedReader(_Ranges(self, name, self.shards.sizes[name]), CHUNK_BYTES))
+        """See `Storage`; before the index is open, or without one, the place is asked for the file's size."""
+        if self.shards:
+            size = self.shards.sizes[name]
+        else:
+            size = self._retried(name, lambda: self._transport.size(name))
+        return cast(BinaryIO, io.BufferedReader(_Ranges(self, name, size), CHUNK_BYTES))
+
+    def tars(self) -> list[str]:
+        """Names of the tars directly in the place, sorted.
+
+        Raises:
+            UserError: it is no folder, or none that can be listed.
+            OutageError: the place cannot be reached.
+        """
+        try:
+            return self._retried("", self._transport.tars)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{self.where('')}: there is no such folder, or it cannot be listed") from None
 
     def fetch_index(self) -> Path:
         """Bring the index, and what lies beside it, to this machine; once for all processes.

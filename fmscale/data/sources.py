@@ -2,7 +2,7 @@
 
 open_source   place -> units
 TarUnit       a WebDataset tar, here or behind a URL
-FolderUnit    a run of the files of a folder, captions beside them
+FolderUnit    a run of the images of a folder, captions beside them
 TableUnit     a run of the rows of a Hugging Face image folder's table
 """
 
@@ -15,15 +15,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, Protocol
+from typing import Any, BinaryIO, NoReturn, Protocol, TypeVar
+
+from braceexpand import braceexpand
 
 from fmscale.batch import BadSample
 from fmscale.data import reasons
 from fmscale.data.captions import Captions
 from fmscale.data.reasons import ImageError
+from fmscale.data.remote import RemoteOptions, RemoteStorage
+from fmscale.data.storage import LocalStorage
+from fmscale.data.tables import NAMES as TABLES
+from fmscale.data.tables import Row, read_tables
 from fmscale.data.tar import MAX_MEMBER_BYTES, DamageError, Member, find_tars, walk
+from fmscale.data.transport import PIPE, is_remote
 from fmscale.errors import UserError
 
+Item = TypeVar("Item")
 SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif"})
 
 
@@ -69,39 +77,75 @@ def open_source(place: str | Path, captions: Captions | None = None, files_per_u
     """The units of a source, in an order that never changes.
 
     Args:
-        place: a folder of images (at any depth) with a .txt or .json beside each; or a WebDataset tar, or a folder of
-            them, as img2dataset writes them: KEY.jpg with KEY.txt, or with "caption" in KEY.json.
+        place: a folder of images (at any depth) with a .txt or .json beside each; or one with `metadata.csv` or
+            `metadata.jsonl`, as Hugging Face's `datasets` reads it: a row has `file_name` and columns, which are the
+            image's json; or a WebDataset tar, or a folder of them, as img2dataset writes them: KEY.jpg with KEY.txt, or
+            with "caption" in KEY.json. Tars may lie behind a URL, and `{00000..00099}.tar` names many.
         captions: which captions are taken.
         files_per_unit: images of a folder that make one unit, > 0.
 
     Raises:
-        UserError: there is no such place, or it holds neither images nor tars, or both.
+        UserError: there is no such place, or it holds nothing of these, or of two kinds.
+        OutageError: the place cannot be reached.
     """
-    captions, path = captions or Captions(), Path(place)
-    if path.is_file() and path.suffix == ".tar":
-        return [TarUnit(path.parent, path.name, captions)]
+    captions, text = captions or Captions(), str(place)
+    if text.endswith(".tar") or is_remote(text):
+        storage, names = _find_tars(text)
+        return [TarUnit(storage, name, captions) for name in names]
+    path = Path(place)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder or tar: give a folder of images with captions, or of WebDataset tars")
-    tars, first = find_tars(path), next(_image_paths(path), None)
-    if tars and first:
-        raise UserError(f"{path} holds both tars and images ({first.name}): give a folder that holds one kind")
-    if not tars and not first:
+    tars = find_tars(path)
+    tables, images = _scan(path)
+    if tars and images:
+        raise UserError(f"{path} holds both tars and images ({images[0]}): give a folder that holds one kind")
+    if not tars and not images:
         raise UserError(f"{path} holds no *.tar and no image ({', '.join(sorted(SUFFIXES))}): give another folder")
     if tars:
-        return [TarUnit(path, tar.name, captions) for tar in tars]
-    files = (file.relative_to(path).as_posix() for file in _image_paths(path))
-    images = [tuple(same) for _, same in groupby(files, key=lambda file: os.path.splitext(file)[0])]
-    runs = [tuple(images[start : start + files_per_unit]) for start in range(0, len(images), files_per_unit)]
-    return [FolderUnit(path, number, run, captions) for number, run in enumerate(runs)]
+        return [TarUnit(LocalStorage(path), tar.name, captions) for tar in tars]
+    if tables:
+        runs = _cut(read_tables(path, tables), files_per_unit)
+        return [TableUnit(path, number, run, captions) for number, run in enumerate(runs)]
+    same = [tuple(group) for _, group in groupby(images, key=lambda file: os.path.splitext(file)[0])]
+    return [FolderUnit(path, number, run, captions) for number, run in enumerate(_cut(same, files_per_unit))]
 
 
-def _image_paths(folder: Path) -> Iterator[Path]:
-    """Images at any depth, in an order that is the same everywhere: files of one name follow one another."""
+def _cut(items: Sequence[Item], size: int) -> list[tuple[Item, ...]]:
+    return [tuple(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def _find_tars(place: str) -> tuple[LocalStorage | RemoteStorage, list[str]]:
+    """Names of tars, and what opens them, of `…/NAME.tar`, which may have braces, or of a folder behind a URL."""
+    if place.startswith(PIPE):
+        raise UserError("images are not read through `pipe:`; give a folder or a URL")
+    if not place.endswith(".tar"):
+        remote = RemoteStorage(place, RemoteOptions())
+        if not (names := remote.tars()):
+            raise UserError(f"{place} lists no *.tar: name them, such as {place.rstrip('/')}/{{00000..00099}}.tar")
+        return remote, names
+    cut = place.partition("{")[0].rfind("/") + 1
+    names = list(braceexpand(place[cut:]))
+    if is_remote(place):
+        return RemoteStorage(place[:cut], RemoteOptions()), names
+    local = LocalStorage(Path(place[:cut]))
+    for name in names:
+        if not Path(local.where(name)).is_file():
+            raise UserError(f"{local.where(name)}: no such tar")
+    return local, names
+
+
+def _scan(folder: Path) -> tuple[list[Path], list[str]]:
+    """Tables, and paths in the folder of images, at any depth, in an order that is the same everywhere.
+
+    Images that differ in nothing but the extension follow one another.
+    """
+    tables, images = [], []
     for root, folders, files in os.walk(folder, onerror=_refuse_folder):
         folders.sort()
-        for name in sorted(files, key=os.path.splitext):
-            if name.rpartition(".")[2].lower() in SUFFIXES and not name.startswith("."):
-                yield Path(root, name)
+        tables += [Path(root, name) for name in sorted(files) if name in TABLES]
+        names = [name for name in files if name.rpartition(".")[2].lower() in SUFFIXES and not name.startswith(".")]
+        images += [Path(root, name).relative_to(folder).as_posix() for name in sorted(names, key=os.path.splitext)]
+    return tables, images
 
 
 def _refuse_folder(error: OSError) -> NoReturn:
@@ -155,16 +199,52 @@ def _run_name(number: int, members: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class TarUnit:
-    """A WebDataset tar.
+class TableUnit:
+    """A run of the images that tables name.
 
     Attributes:
-        folder: that it lies in.
-        file: its name there.
+        folder: of the source.
+        number: of the run, from 0.
+        rows: of the tables.
         captions: which are taken.
     """
 
     folder: Path
+    number: int
+    rows: tuple[Row, ...]
+    captions: Captions
+
+    @property
+    def name(self) -> str:
+        """See `Unit`."""
+        return _run_name(self.number, [row.text for row in self.rows])
+
+    def read(self) -> Iterator[SourceImage | BadSample]:
+        """See `Unit`."""
+        for row in self.rows:
+            key = safe_key(os.path.splitext(row.file)[0]) if row.file else ""
+            try:
+                if row.problem:
+                    raise row.problem
+                data = (self.folder / row.file).read_bytes()
+                yield make_image(key, data, {"json": row.text.encode()}, row.file, self.captions)
+            except ImageError as error:
+                yield BadSample(key, row.place, error.reason, error.detail)
+            except OSError as error:
+                yield BadSample(key, row.place, reasons.UNREADABLE, str(error))
+
+
+@dataclass(frozen=True)
+class TarUnit:
+    """A WebDataset tar.
+
+    Attributes:
+        storage: that holds it.
+        file: its name there.
+        captions: which are taken.
+    """
+
+    storage: LocalStorage | RemoteStorage
     file: str
     captions: Captions
 
@@ -176,8 +256,10 @@ class TarUnit:
     def read(self) -> Iterator[SourceImage | BadSample]:
         """See `Unit`."""
         try:
-            with (self.folder / self.file).open("rb") as file:
+            with self.storage.open(self.file) as file:
                 yield from self._samples(file)
+        except FileNotFoundError:
+            yield BadSample("", self.file, reasons.UNREADABLE, "there is no such tar")
         except (DamageError, OSError) as error:
             yield BadSample("", self.file, reasons.DAMAGED_TAR, f"{error}; the rest of this tar is not read")
 

@@ -30,6 +30,12 @@ class Transport(Protocol):
             Exception: anything else that the place, or the road to it, came up with.
         """
 
+    def size(self, name: str) -> int:
+        """Bytes of a file; raises what `read` raises."""
+
+    def tars(self) -> list[str]:
+        """Names of the tars directly in the place, sorted; raises what `read` raises."""
+
     def is_final(self, error: Exception) -> bool:
         """Whether asking again is of no use."""
 
@@ -116,6 +122,23 @@ class FsspecTransport:
             raise UserError(f"{self.where(name)}: the server ignores byte ranges; give one that does not")
         return data
 
+    def size(self, name: str) -> int:
+        """See `Transport`."""
+        self.read(name, 0, 1)  # `info` says of any failure of a web server that the file is not there
+        try:
+            size = self._files.info(f"{self._root}/{name}", **self._timeout)["size"]
+        except FileNotFoundError as error:
+            raise ConnectionError(f"its size is not told ({error.__cause__})") from error
+        if size is None:
+            raise UserError(f"{self.where(name)}: the server does not tell its size; give one that does")
+        return int(size)
+
+    def tars(self) -> list[str]:
+        """See `Transport`; of a web server, those that its page of the folder links to."""
+        paths = self._files.ls(f"{self._root}/", detail=False, **self._timeout)
+        places = [path.rpartition("/") for path in paths]
+        return sorted({name for folder, _, name in places if folder == self._root and name.endswith(".tar")})
+
     def is_final(self, error: Exception) -> bool:
         """See `Transport`."""
         status = _status(error)
@@ -173,6 +196,14 @@ class PipeTransport:
         if end is not None and len(done.stdout) > end - start:
             raise UserError(f"{self.where(name)}: printed more than {{range}} asked for")
         return done.stdout
+
+    def size(self, name: str) -> int:
+        """See `Transport`."""
+        raise UserError(f"{self.where(name)}: a program does not tell sizes; give a folder or a URL")
+
+    def tars(self) -> list[str]:
+        """See `Transport`."""
+        raise UserError(f"{self.where('')}: a program does not list folders; give a folder or a URL")
 
     def is_final(self, error: Exception) -> bool:
         """See `Transport`."""

@@ -55,7 +55,7 @@ def write_tar() -> Callable[[Path, list[tuple[str, bytes]]], None]:
     """Writes a tar of (name, content) members, as any other program might."""
 
     def write(path: Path, members: list[tuple[str, bytes]]) -> None:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(path, "w") as archive:
             for name, data in members:
                 info = tarfile.TarInfo(name)

@@ -4,16 +4,21 @@ import io
 import json
 import pickle
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
+import numpy as np
 import pytest
 from PIL import Image
+from range_server import ERROR, SHORT, SOUND, TRUNCATE, serving
 
 from fmscale.batch import BadSample
 from fmscale.data import reasons
 from fmscale.data.captions import Captions
 from fmscale.data.sources import SourceImage, open_source, safe_key
-from fmscale.errors import UserError
+from fmscale.errors import OutageError, UserError
 
 WriteTar = Callable[[Path, list[tuple[str, bytes]]], None]
 
@@ -146,6 +151,127 @@ def test_sources_that_hold_nothing_are_the_users_error_at_once(tmp_path: Path, w
     (tmp_path / "a.png").write_bytes(RED)
     with pytest.raises(UserError, match=r"holds both tars and images \(a.png\)"):
         open_source(tmp_path)
+
+
+def write_images(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(RED)
+
+
+def test_the_table_of_a_hugging_face_image_folder_names_images_and_captions(tmp_path: Path) -> None:
+    write_images(tmp_path, "train/a.png", "train/b/c.jpg", "test/d.png", "test/not_named.png")
+    (tmp_path / "train/metadata.csv").write_text(
+        'file_name,text,aesthetic\na.png,"red, and\nmore",5.5\nb/c.jpg,,6\nmissing.png,x,7\n'
+    )
+    lines = ['{"file_name": "d.png", "text": "rot", "n": 1}', "", "{", '{"text": "x"}', '{"file_name": "d.png"}']
+    lines += [f'{{"file_name": "{name}", "text": "x"}}' for name in ("../train/a.png", "/etc/passwd")]
+    (tmp_path / "test/metadata.jsonl").write_text("\n".join(lines))
+    found = read(tmp_path)
+    first, last = {"file_name": "d.png", "text": "rot", "n": 1}, {"file_name": "a.png", "text": "red, and\nmore"}
+    assert found[0] == image("test__d", "rot", "test/d.png", "json.text", first)
+    assert found[6] == image("train__a", "red, and\nmore", "train/a.png", "json.text", last | {"aesthetic": "5.5"})
+    bad = [item for item in found if isinstance(item, BadSample)]
+    assert [(item.key, item.shard, item.reason) for item in bad] == [
+        ("", "test/metadata.jsonl:3", reasons.BAD_JSON),
+        ("", "test/metadata.jsonl:4", reasons.NO_IMAGE),
+        ("test__d", "test/metadata.jsonl:5", reasons.SAME_KEY),
+        ("", "test/metadata.jsonl:6", reasons.NO_IMAGE),
+        ("", "test/metadata.jsonl:7", reasons.NO_IMAGE),
+        ("train__b__c", "train/metadata.csv:4", reasons.NO_CAPTION),
+        ("train__missing", "train/metadata.csv:5", reasons.UNREADABLE),
+    ]
+    assert len(found) == len(bad) + 2
+    units = open_source(tmp_path, files_per_unit=4)
+    assert [item for unit in units for item in pickle.loads(pickle.dumps(unit)).read()] == found  # noqa: S301
+    assert len({unit.name for unit in units}) == 3
+
+
+def test_tables_that_are_none_are_the_users_error(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.png")
+    (tmp_path / "metadata.csv").write_text("name,text\na.png,x\n")
+    with pytest.raises(UserError, match=r"metadata.csv has no column 'file_name'"):
+        open_source(tmp_path)
+    (tmp_path / "metadata.csv").write_bytes(b"file_name,text\n\xe9,x\n")
+    with pytest.raises(UserError, match=r"metadata.csv cannot be read: .*utf-8"):
+        open_source(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"holds metadata.csv and metadata.jsonl: remove one"):
+        open_source(tmp_path)
+
+
+@pytest.fixture
+def shards(tmp_path: Path, write_tar: WriteTar) -> Path:
+    """Two tars in each of two folders, of 5 samples of 3 MB."""
+    noise = np.random.default_rng(0)
+    for name in ("a/00.tar", "a/01.tar", "b/00.tar", "b/01.tar"):
+        keys = [f"{name[0]}{number}" for number in range(5)]
+        members = [
+            (f"{key}.{end}", data) for key in keys for end, data in (("jpg", noise.bytes(3 << 20)), ("txt", b"t"))
+        ]
+        write_tar(tmp_path / "tars" / name, members)
+    return tmp_path / "tars"
+
+
+def test_braces_name_many_tars(shards: Path) -> None:
+    units = open_source(f"{shards}/{{a,b}}/{{00..01}}.tar")
+    assert [unit.name for unit in units] == ["a__00", "a__01", "b__00", "b__01"]
+    keys = [item.key for unit in units for item in unit.read()]
+    assert len(set(keys)) == 20
+    assert keys[0] == "a__00__a0"
+    with pytest.raises(UserError, match=r"a/02.tar: no such tar"):
+        open_source(f"{shards}/{{a,b}}/{{00..02}}.tar")
+
+
+@pytest.mark.parametrize("fault", [SOUND, ERROR, TRUNCATE, SHORT])
+def test_tars_behind_a_url_are_those_of_the_folder(shards: Path, fault: str) -> None:
+    """Whatever passes goes wrong on the way; and each is fetched once, from start to end."""
+    with serving(shards) as server:
+        server.fault = lambda request: fault if request.before == 0 else SOUND
+        units = open_source(f"{server.url}/{{a,b}}/{{00..01}}.tar")
+        assert pickle.loads(pickle.dumps(units[1])).name == units[1].name == "a__01"  # noqa: S301
+        found = [item for unit in units for item in unit.read()]
+        assert found == read(f"{shards}/{{a,b}}/{{00..01}}.tar")
+        if fault == SOUND:
+            starts = [request.start for request in server.requests if request.name == "a/00.tar"]
+            assert len(starts) < 8
+            assert starts == sorted(starts)
+
+
+def test_a_tar_that_is_not_behind_the_url_is_counted_and_an_outage_is_none_of_its_images(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fmscale.data.remote.FIRST_DELAY_S", 0.001)
+    with serving(shards) as server:
+        units = open_source(f"{server.url}/a/{{00..02}}.tar")
+        assert list(units[2].read()) == [BadSample("", "02.tar", reasons.UNREADABLE, "there is no such tar")]
+        server.fault = lambda request: ERROR if request.start > 1 else SOUND
+        with pytest.raises(OutageError, match=r"a/00.tar cannot be read \(tried 6 times\)"):
+            list(units[0].read())
+
+
+def test_a_folder_behind_a_url_is_listed(shards: Path) -> None:
+    """By Python's own web server, as nginx and Apache do it."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            """Quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(shards))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert [unit.name for unit in open_source(f"{url}/b/")] == ["00", "01"]
+        with pytest.raises(UserError, match=r"lists no \*.tar: name them, such as http://.*/\{00000..00099\}.tar"):
+            open_source(url)
+        with pytest.raises(UserError, match="there is no such folder, or it cannot be listed"):
+            open_source(f"{url}/none")
+        server.shutdown()
+
+
+@pytest.mark.parametrize("place", ["pipe:cat {name} {range}", "pipe:cat {name} {range} x.tar"])
+def test_programs_do_not_give_images(place: str) -> None:
+    with pytest.raises(UserError, match="images are not read through `pipe:`"):
+        open_source(place)
 
 
 def test_safe_keys_are_safe_and_never_fall_together() -> None:

@@ -6,17 +6,19 @@ Config is data. It has no behaviour, and a key that is not listed here is an err
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from fmscale.errors import UserError
 from fmscale.plain_yaml import parse_yaml
+from fmscale.section import ConfigType, Section, check
+from fmscale.section import dump as dump
+from fmscale.section import flatten as flatten
+from fmscale.section import flatten_schema as flatten_schema
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -24,14 +26,6 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 Width = Annotated[float, Field(gt=0, lt=0.28)]
 Place = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """A part of a config: no coercion, no unknown keys, no change after it is made."""
-
-    model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class MixturePart(Section):
@@ -163,7 +157,7 @@ class EngineConfig(Section):
     """Parts of the other blocks that do the same, by name, for instance [mlp]; a wrong name is told the right ones."""
     compile: bool = False
     """Compile each block with torch.compile; the first step of each bucket takes a minute or more."""
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default={})
     """Raw DeepSpeed settings, laid over those of fmscale, for instance {zero_optimization: {overlap_comm: false}}."""
 
 
@@ -271,7 +265,7 @@ class FilterConfig(Section):
     """Images with a shorter side are refused."""
     max_aspect: Annotated[float, Field(ge=1)] | None = None
     """Images with more of the long side over the short side are refused."""
-    scores: dict[Place, ScoreRange] = {}
+    scores: dict[Place, ScoreRange] = Field(default={})
     """Ranges of fields of an image's json, such as `aesthetic: {min: 5}`; an image without the field is refused."""
 
 
@@ -292,7 +286,7 @@ class EncodeConfig(Section):
     """A folder of images with a .txt or .json beside each, or with the metadata.csv or metadata.jsonl of Hugging Face's
     image folders; or WebDataset tars as img2dataset writes them: a folder, its URL, or names like `…/{000..099}.tar`.
     """
-    captions: dict[Place, Annotated[float, Field(ge=0)]] = {}
+    captions: dict[Place, Annotated[float, Field(ge=0)]] = Field(default={})
     """Where captions are, and how often each is drawn: `txt: 1, json.synthetic: 3`; empty takes the one there is."""
     filters: FilterConfig = FilterConfig()
     """Which images are wanted."""
@@ -356,7 +350,6 @@ class ReflowConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
-ConfigType = TypeVar("ConfigType", bound=Section)
 CONFIGS: dict[str, type[Section]] = {"train": TrainConfig, "encode": EncodeConfig, "reflow": ReflowConfig}
 
 
@@ -417,90 +410,6 @@ def load(kind: type[ConfigType], path: str | Path, overrides: Sequence[str] = ()
     """
     given = parse_overrides(overrides)
     return check(kind, merge(read_layers(Path(path)), given), str(path), given)
-
-
-def check(kind: type[ConfigType], data: dict[str, Any], where: str, given: dict[str, Any] | None = None) -> ConfigType:
-    """`data` as a record of `kind`; `given` is the part of it that came from the command line."""
-    try:
-        plain = json.dumps(data)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: holds something that is no plain value ({error})") from None
-    try:
-        return kind.model_validate_json(plain)
-    except ValidationError as error:
-        problems = error.errors(include_url=False)
-        # An unknown key is often the cause of a missing one: say it first.
-        first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        source = "command line" if _contains(given or {}, first["loc"]) else where
-        raise UserError(f"{source}: {_explain(kind, first)}{more}") from None
-
-
-def _contains(data: Any, loc: tuple[int | str, ...]) -> bool:
-    for part in loc:
-        if not isinstance(data, dict):
-            return True
-        if part not in data:
-            return False
-        data = data[part]
-    return True
-
-
-def _explain(kind: type[Section], problem: Any) -> str:
-    """One problem as `key: what is wrong, what was given, what is allowed`."""
-    loc = problem["loc"]
-    name = ".".join(str(part) for part in loc) or "config"
-    if problem["type"] == "extra_forbidden":
-        allowed = _keys_at(kind, loc[:-1])
-        everywhere = [path for path, _ in flatten_schema(kind)]
-        near = difflib.get_close_matches(str(loc[-1]), allowed, 1, 0.6)
-        prefix = "".join(f"{part}." for part in loc[:-1])
-        guess = [prefix + near[0]] if near else [path for path in everywhere if path.split(".")[-1] == loc[-1]]
-        hint = f"did you mean {guess[0]}? " if guess else ""
-        return f"{name}: no such key; {hint}allowed here: {', '.join(allowed)}"
-    if problem["type"] == "missing":
-        return f"{name}: must be given"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{name}: {message[0].lower()}{message[1:]}; given {json.dumps(problem['input'], default=str)}"
-
-
-def _section_of(annotation: Any) -> type[Section] | None:
-    """The record inside an annotation such as `TextSource | None`."""
-    candidates = (annotation, *get_args(annotation))
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
-
-
-def _keys_at(kind: type[Section], loc: tuple[int | str, ...]) -> list[str]:
-    for part in loc:
-        field = kind.model_fields.get(str(part))
-        kind = (_section_of(field.annotation) if field else None) or kind
-    return list(kind.model_fields)
-
-
-def flatten_schema(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a config as (dotted path, field), parts before what they hold."""
-    for name, field in kind.model_fields.items():
-        yield prefix + name, field
-        if section := _section_of(field.annotation):
-            yield from flatten_schema(section, f"{prefix}{name}.")
-
-
-def flatten(config: Section) -> dict[str, Any]:
-    """Every value of a config by dotted path, as plain data."""
-
-    def walk(data: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in data.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    return dict(walk(config.model_dump(mode="json"), ""))
-
-
-def dump(config: Section) -> str:
-    """The whole config as YAML, such that reading it gives the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def schema(command: str) -> str:

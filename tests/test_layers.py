@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "fmscale"
-LEAVES = {"batch", "distributed", "log", "errors", "files", "plain_yaml"}
+LEAVES = {"batch", "distributed", "log", "errors", "files", "plain_yaml", "section"}
 PARTS = {"flow", "models", "encoders", "data", "engine"}
 HEAVY = {
     "deepspeed": {"engine/zero.py"},
@@ -52,6 +52,7 @@ def test_config_knows_no_part() -> None:
     assert {i for i in imports(PACKAGE / "config.py") if i.startswith("fmscale.")} == {
         "fmscale.errors",
         "fmscale.plain_yaml",
+        "fmscale.section",
     }
 
 

@@ -33,7 +33,7 @@ def images() -> list[Prepared]:
     pixels = torch.from_numpy(digits.enlarge(split.heldout_images[:IMAGES])).permute(0, 3, 1, 2).float() / 127.5 - 1
     captions = [digits.caption(label) for label in split.heldout_labels[:IMAGES]]
     return [
-        Prepared(f"digit{number}", picture, caption, {"caption": caption}, {})
+        Prepared(f"digit{number}", picture, caption, {"caption": caption})
         for number, (picture, caption) in enumerate(zip(pixels, captions, strict=True))
     ]
 

@@ -227,9 +227,10 @@ class TextSource(Section):
     """One text encoder: a transformers folder, or an open_clip tower by name with its local checkpoint."""
 
     path: Path | None = None
-    """Local transformers folder (CLIPTextModelWithProjection or T5EncoderModel)."""
+    """Transformers folder of a CLIP text model or a T5 encoder; or, where there is no such folder, its name on the
+    Hugging Face hub: OWNER/NAME, or OWNER/NAME/FOLDER."""
     tokenizer: Path | None = None
-    """Folder of the tokenizer, where it is not in `path`."""
+    """Folder of the tokenizer, where it is not in `path`, or its name likewise."""
     open_clip: str | None = None
     """Name of an open_clip model, such as ViT-bigG-14."""
     checkpoint: Path | None = None
@@ -245,12 +246,26 @@ class TextSource(Section):
 
 
 class TextConfig(Section):
-    clip_l: TextSource
-    clip_g: TextSource
+    clip_l: TextSource | None = None
+    clip_g: TextSource | None = None
     t5: TextSource | None = None
     """Null: the model sees zeros in T5's place, as the stock pipeline feeds them."""
+    pipeline: Literal["sd3", "flux"] = "sd3"
+    """Whose features: SD3's are tokens of all encoders and CLIP's projected pooled embeddings, FLUX's are tokens of t5
+    and the pooled embedding of clip_l before its projection."""
+    clip_length: Positive | None = None
+    """Tokens of clip_l and clip_g; null is what their tokenizers say, 77 for those of SD3 and FLUX."""
     t5_length: Positive = 256
-    """Tokens of T5, or of the zeros in its place; 256 is what the stock pipeline uses unless told otherwise."""
+    """Tokens of T5, or of the zeros in its place; stock pipelines use 256 for SD3 and 512 for FLUX.1-dev unless told
+    otherwise."""
+
+    @model_validator(mode="after")
+    def _fit(self) -> TextConfig:
+        if self.pipeline == "flux" and (self.clip_l is None or self.t5 is None or self.clip_g is not None):
+            raise ValueError("`pipeline: flux` takes clip_l and t5, and no clip_g")
+        if self.clip_l is None and self.clip_g is None:
+            raise ValueError("give clip_l or clip_g: the pooled embedding comes from them")
+        return self
 
 
 class ScoreRange(Section):
@@ -293,7 +308,7 @@ class EncodeConfig(Section):
     out: Path
     """Dataset to write: latent shards and their index."""
     vae: Path
-    """Local AutoencoderKL folder."""
+    """AutoencoderKL folder; or, where there is no such folder, its name on the Hugging Face hub."""
     text: TextConfig
     resolutions_px: Annotated[tuple[Positive, ...], Field(min_length=1)] = (256,)
     """Sides of squares: buckets have the area of one. An image goes into each that it is large enough for."""

@@ -74,7 +74,7 @@ def open_dataset(config: TrainConfig, allow_pipe: bool = False) -> Dataset:
     shapes = {name: shape for name, (_, shape) in mixture.layout.items()}
     _check_latents(config, mixture, shapes["latents"][0])
     _check_coupling(config, mixture)
-    encoders = tuple(role for role in ROLES if role in shapes)
+    encoders = tuple(role for role in ROLES if {role, f"{role}_pooled"} & shapes.keys())
     if not encoders:
         raise UserError(
             f"data.path: {mixture.name} holds no text features ({', '.join(ROLES)}); make it by `fmscale encode`"
@@ -135,7 +135,8 @@ def making(made_by: Mapping[str, Any]) -> dict[str, Any]:
     """
     text = {role: made.get("sha256") for role, made in made_by.get("text", {}).items()}
     vae = {key: value for key, value in made_by.get("vae", {}).items() if key != "path"}
-    return {"vae": vae, "text": text, "t5_length": made_by.get("t5_length")}
+    lengths = {name: made_by.get(name) for name in ("clip_length", "t5_length")}
+    return {"vae": vae, "text": text, "pipeline": made_by.get("pipeline", "sd3"), **lengths}
 
 
 def go_on(dataset: Dataset, trained_on: Mapping[str, Any], step: int, shards_file: Path, allow_append: bool) -> Dataset:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fmscale.config import EncodeConfig
+from fmscale.config import EncodeConfig, TextSource
 from fmscale.data.prepare import Prepared
 from fmscale.distributed import world_from_environment
-from fmscale.encoders.text import TextEncoders, load_text_encoders
+from fmscale.encoders.text import ROLES, TextEncoders, load_text_encoders
 from fmscale.encoders.vae import FLIPPED, LATENTS, LOG_VARIANCE, Vae, load_vae
+from fmscale.encoders.weights import model_folder
 from fmscale.flow.noise import draw_noise
 
+CUT = "cut for "  # a fact's name, with the role after it: captions that had more tokens than the encoder takes
 STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -27,24 +30,34 @@ class Encoder:
         self.config = config
         self.storage = STORAGE[config.dtype]
         compute = config.vae_compute
+        self.vae_folder = model_folder(config.vae).absolute()
         self.vae: Vae = load_vae(
-            config.vae,
+            self.vae_folder,
             device,
             STORAGE[compute.dtype],
             channels_last=compute.channels_last,
             compile=compute.compile,
             tile_px=compute.tile_px,
         )
-        sources = config.text.model_dump(mode="json", exclude={"t5_length"})
-        text_dtype = self.storage if device.type == "cuda" else torch.float32  # CPUs are slow in 16 bits
-        self.text: TextEncoders = load_text_encoders(sources, config.text.t5_length, device, text_dtype)
+        self.sources = {role: local(source) for role in ROLES if (source := getattr(config.text, role)) is not None}
+        self.text: TextEncoders = load_text_encoders(
+            self.sources,
+            config.text.t5_length,
+            device,
+            self.storage if device.type == "cuda" else torch.float32,  # CPUs are slow in 16 bits
+            clip_length=config.text.clip_length,
+            pipeline=config.text.pipeline,
+        )
 
     def encode(self, images: list[Prepared]) -> Iterator[tuple[Prepared, dict[str, Tensor]]]:
-        """Images of one bucket, each with the tensors that are stored of it, finite or not."""
-        tensors = self._latents(images) | self.text.encode([image.caption for image in images])
+        """Images of one bucket, their tokens counted, each with the tensors that are stored of it, finite or not."""
+        captions = [image.caption for image in images]
+        tokens = self.text.count(captions)
+        tensors = self._latents(images) | self.text.encode(captions)
         stored = {name: value.to("cpu", self.storage) for name, value in tensors.items()}
         for row, image in enumerate(images):
-            yield image, {name: value[row].contiguous() for name, value in stored.items()}
+            meta = {**image.meta, "tokens": {role: counts[row] for role, counts in tokens.items()}}
+            yield replace(image, meta=meta), {name: value[row].contiguous() for name, value in stored.items()}
 
     def _latents(self, images: list[Prepared]) -> dict[str, Tensor]:
         """Latents of the images, and of the mirrored ones, by the names that `draws.draw_latents` reads."""
@@ -67,14 +80,21 @@ class Encoder:
         """The features of the empty caption, as stored."""
         return {name: value[0].to("cpu", self.storage) for name, value in self.text.encode([""]).items()}
 
+    def facts(self, meta: Mapping[str, Any]) -> Counter[str]:
+        """What the json of a sample adds to the facts about all captions, which `describe` puts into words."""
+        cut = [role for role, count in meta["tokens"].items() if count > self.text.by_role[role].max_length]
+        return Counter(["captions", *(f"{CUT}{role}" for role in cut)])
+
     def identity(self) -> dict[str, Any]:
         """What the dataset's manifest says about its making."""
-        sources = self.config.text.model_dump(mode="json", exclude={"t5_length"})
+        text = self.config.text
         return {
             "program": "fmscale encode",
-            "vae": {"path": str(self.config.vae.absolute()), **self.vae.identity()},
-            "text": {role: {"source": absolute(sources[role]), **made} for role, made in self.text.identity().items()},
-            "t5_length": self.config.text.t5_length,
+            "vae": {"path": str(self.vae_folder), **self.vae.identity()},
+            "text": {role: {"source": self.sources[role], **made} for role, made in self.text.identity().items()},
+            "pipeline": text.pipeline,
+            "clip_length": text.clip_length,
+            "t5_length": text.t5_length,
             "dtype": self.config.dtype,
             "latents": self.config.latents,
             "flip": self.config.flip,
@@ -82,7 +102,15 @@ class Encoder:
         }
 
 
-def absolute(source: dict[str, str | None]) -> dict[str, str | None]:
-    """A text encoder's source with paths that hold from any folder."""
-    paths = ("path", "tokenizer", "checkpoint")
-    return {key: str(Path(value).absolute()) if value and key in paths else value for key, value in source.items()}
+def local(source: TextSource) -> dict[str, str | None]:
+    """A text encoder's source with paths that hold from any folder; what the hub has is fetched."""
+    folders = {"path": source.path, "tokenizer": source.tokenizer}
+    found = {name: str(model_folder(place).absolute()) if place else None for name, place in folders.items()}
+    checkpoint = str(source.checkpoint.absolute()) if source.checkpoint else None
+    return {**found, "open_clip": source.open_clip, "checkpoint": checkpoint}
+
+
+def describe(facts: Mapping[str, int]) -> str:
+    """Facts about the captions of a dataset in words; empty where there is nothing to say."""
+    cut = {name.removeprefix(CUT): count for name, count in facts.items() if name.startswith(CUT)}
+    return "; ".join(f"{n:,} of {facts['captions']:,} captions were cut to fit {role}" for role, n in cut.items())

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fmscale.batch import Conditioning
 from fmscale.distributed import world_from_environment
-from fmscale.encoders.text import ROLES, TextEncoders, assemble, load_text_encoders
+from fmscale.encoders.text import ROLES, TextEncoders, assemble, load_text_encoders, reopen_text_encoders
 from fmscale.encoders.vae import Vae, load_vae, reopen_vae
 from fmscale.errors import UserError
 from fmscale.flow.noise import draw_noise
@@ -219,32 +219,8 @@ def load_frozen(
     if not (folder := Path(vae or made_by["vae"]["path"])).is_dir():
         raise UserError(f"{folder}: the VAE that made the dataset is no longer there; give its folder: --vae DIR")
     loaded = reopen_vae(folder, made_by["vae"], device)
-    sources = {role: made["source"] for role, made in made_by["text"].items()}
-    for role, given_folder in text_encoders.items():
-        sources[role] = _moved(Path(given_folder), sources.get(role, {}))
-    for role, source in sources.items():
-        if not Path(source.get("path") or source.get("checkpoint") or "").exists():
-            raise UserError(
-                f"{source.get('path') or source.get('checkpoint')}: {role} of the dataset is no longer there; "
-                f"give its folder: --text-encoder {role}=DIR"
-            )
-    text = load_text_encoders(sources, made_by["t5_length"], device)
-    for role, identity in text.identity().items():
-        if identity["sha256"] != made_by["text"].get(role, {}).get("sha256"):
-            raise UserError(
-                f"{role}: the weights are not those that made the dataset; give its folder: --text-encoder {role}=DIR"
-            )
+    text = reopen_text_encoders(made_by, text_encoders, "--text-encoder ", device)
     return loaded, text
-
-
-def _moved(place: Path, source: Mapping[str, Any]) -> dict[str, Any]:
-    """The source of a text encoder that has moved: a folder, its tokenizer beside it where it was; or a checkpoint."""
-    if source.get("open_clip"):
-        return {**source, "checkpoint": str(place)}
-    tokenizer = source.get("tokenizer")
-    if tokenizer and not Path(tokenizer).exists():
-        tokenizer = str(place.parent / Path(tokenizer).name)
-    return {"path": str(place), "tokenizer": tokenizer}
 
 
 def _open_export(folder: Path) -> Generator:

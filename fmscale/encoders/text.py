@@ -1,4 +1,4 @@
-"""Captions -> Conditioning, through frozen text encoders, exactly as the SD3 pipeline of diffusers computes it.
+"""Captions -> Conditioning, through frozen text encoders, exactly as diffusers' pipelines of SD3 and FLUX compute it.
 
 1. `load_text_encoders`  networks and their tokenizers, each for one of the roles clip_l, clip_g, t5
 2. `TextEncoders`        captions -> features by name, which are what a dataset stores
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from fmscale.encoders.weights import load_pretrained, read_config, weight_files
 from fmscale.errors import UserError
 from fmscale.files import sha256
 
+Pipeline = Literal["sd3", "flux"]
 CLIP_ROLES = ("clip_l", "clip_g")
 ROLES = (*CLIP_ROLES, "t5")
 MODEL_TYPES = {"clip_l": ("clip_text_model", "clip"), "clip_g": ("clip_text_model", "clip"), "t5": ("t5",)}
@@ -33,10 +34,11 @@ class TextEncoder:
 
     Attributes:
         role: clip_l, clip_g or t5.
-        model: `CLIPTextModelWithProjection` or `T5EncoderModel`, in evaluation mode.
+        model: `CLIPTextModelWithProjection`, for FLUX `CLIPTextModel`, or `T5EncoderModel`; in evaluation mode.
         tokenizer: its tokenizer.
         max_length: tokens L that every caption is padded or cut to.
         files: the weight files that it was read from.
+        pipeline: whose features it computes.
     """
 
     role: str
@@ -44,12 +46,14 @@ class TextEncoder:
     tokenizer: Any
     max_length: int
     files: tuple[Path, ...]
+    pipeline: Pipeline = "sd3"
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> dict[str, Tensor]:
         """Features of B captions: tokens (B, L, d) under the role's name and, of CLIP, `ROLE_pooled` (B, p).
 
-        As in the pipeline, CLIP's tokens are the last layer's input, T5 sees its padding, and long captions are cut.
+        As in the pipelines, CLIP's tokens are the last layer's input, T5 sees its padding, and long captions are cut.
+        Of CLIP, FLUX takes no tokens, and what is pooled before the projection.
         """
         tokens = self.tokenizer(
             captions, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
@@ -57,8 +61,14 @@ class TextEncoder:
         ids = tokens.input_ids.to(self.model.device)
         if self.role == "t5":
             return {"t5": self.model(ids).last_hidden_state.to(self.model.dtype)}
+        if self.pipeline == "flux":
+            return {f"{self.role}_pooled": self.model(ids).pooler_output}
         output = self.model(ids, output_hidden_states=True)
         return {self.role: output.hidden_states[-2], f"{self.role}_pooled": output.text_embeds}
+
+    def count(self, captions: list[str]) -> list[int]:
+        """Tokens that each caption has, the start and end tokens among them, whether or not they all fit."""
+        return [len(ids) for ids in self.tokenizer(captions, verbose=False).input_ids]
 
     def save(self, folder: Path | str, tokenizer_folder: Path | str | None = None) -> None:
         """Write the model, and the tokenizer beside it or in a folder of its own, as transformers reads them."""
@@ -95,12 +105,16 @@ class TextEncoders:
 
         Returns:
             `clip_l`, `clip_g`, `t5` (B, L, d) and `clip_l_pooled`, `clip_g_pooled` (B, p), for the roles given, each
-            in its model's dtype and on its device.
+            in its model's dtype and on its device; for FLUX `t5` and `clip_l_pooled`.
         """
         features: dict[str, Tensor] = {}
         for encoder in self.by_role.values():
             features |= encoder.encode(captions)
         return features
+
+    def count(self, captions: list[str]) -> dict[str, list[int]]:
+        """By role, the tokens that each caption has before it is cut."""
+        return {role: encoder.count(captions) for role, encoder in self.by_role.items()}
 
     def identity(self) -> dict[str, Any]:
         """The encoders' identities by role, to be written into a dataset's manifest."""
@@ -116,6 +130,9 @@ def load_text_encoders(
     t5_length: int = 256,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    *,
+    clip_length: int | None = None,
+    pipeline: Pipeline = "sd3",
 ) -> TextEncoders:
     """The text encoders of a model.
 
@@ -125,6 +142,8 @@ def load_text_encoders(
         t5_length: tokens per caption of T5.
         device: where they compute.
         dtype: in which they compute.
+        clip_length: tokens per caption of CLIP; None for as many as the tokenizers say.
+        pipeline: whose features they compute.
 
     Returns:
         The frozen encoders.
@@ -134,9 +153,69 @@ def load_text_encoders(
     """
     given = {role: source for role, source in sources.items() if source is not None}
     return TextEncoders(
-        load_text_encoder(role, **source, t5_length=t5_length, device=device, dtype=dtype)
+        load_text_encoder(
+            role,
+            **source,
+            t5_length=t5_length,
+            clip_length=clip_length,
+            pipeline=pipeline,
+            device=device,
+            dtype=dtype,
+        )
         for role, source in given.items()
     )
+
+
+def reopen_text_encoders(
+    made_by: Mapping[str, Any],
+    moved: Mapping[str, str],
+    option: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> TextEncoders:
+    """The text encoders that made a dataset.
+
+    Args:
+        made_by: what its manifest says about its making.
+        moved: folders by role, where they are no longer where they were.
+        option: how the user gives such a folder; followed by ROLE=DIR.
+        device: where they compute.
+        dtype: in which they compute.
+
+    Raises:
+        UserError: one is gone, or is another than the one that made the dataset.
+    """
+    sources = {role: made["source"] for role, made in made_by["text"].items()}
+    for role, folder in moved.items():
+        sources[role] = _moved(Path(folder), sources.get(role, {}))
+    for role, source in sources.items():
+        place = source.get("path") or source.get("checkpoint") or ""
+        if not Path(place).exists():
+            raise UserError(f"{place}: {role} of the dataset is no longer there; give its folder: {option}{role}=DIR")
+    text = load_text_encoders(
+        sources,
+        made_by["t5_length"],
+        device,
+        dtype,
+        clip_length=made_by.get("clip_length"),
+        pipeline=made_by.get("pipeline", "sd3"),
+    )
+    for role, identity in text.identity().items():
+        if identity["sha256"] != made_by["text"].get(role, {}).get("sha256"):
+            raise UserError(
+                f"{role}: the weights are not those that made the dataset; give its folder: {option}{role}=DIR"
+            )
+    return text
+
+
+def _moved(place: Path, source: Mapping[str, Any]) -> dict[str, Any]:
+    """The source of a text encoder that has moved: a folder, its tokenizer beside it where it was; or a checkpoint."""
+    if source.get("open_clip"):
+        return {**source, "checkpoint": str(place)}
+    tokenizer = source.get("tokenizer")
+    if tokenizer and not Path(tokenizer).exists():
+        tokenizer = str(place.parent / Path(tokenizer).name)
+    return {"path": str(place), "tokenizer": tokenizer}
 
 
 def load_text_encoder(
@@ -147,6 +226,8 @@ def load_text_encoder(
     open_clip: str | None = None,
     checkpoint: Path | str | None = None,
     t5_length: int = 256,
+    clip_length: int | None = None,
+    pipeline: Pipeline = "sd3",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> TextEncoder:
@@ -158,7 +239,9 @@ def load_text_encoder(
         tokenizer: the tokenizer's folder, where it is not in `path`.
         open_clip: instead of `path`, an open_clip model by name, such as ViT-bigG-14.
         checkpoint: that model's weights, a .safetensors file.
-        t5_length: tokens per caption of T5; CLIP's tokenizers know their own.
+        t5_length: tokens per caption of T5.
+        clip_length: of CLIP; None for as many as its tokenizer says.
+        pipeline: whose features it computes.
         device: where it computes.
         dtype: in which it computes, whatever the files hold.
 
@@ -170,29 +253,29 @@ def load_text_encoder(
     """
     if role not in ROLES:
         raise UserError(f"text encoder role {role!r} is none of {', '.join(ROLES)}")
-    if open_clip and checkpoint and not path:
-        return _from_checkpoint(role, open_clip, Path(checkpoint), device, dtype)
-    if open_clip or checkpoint or not path:
+    if bool(path) == bool(open_clip) or bool(open_clip) != bool(checkpoint):
         raise UserError(f"{role}: give either `path`, or `open_clip` (a model's name) and its `checkpoint`")
-    path = Path(path)
-    files = _checked_files(role, path)
-    model = _load_model(role, path, dtype)
-    words = _load_tokenizer(role, Path(tokenizer) if tokenizer else path)
-    max_length = t5_length if role == "t5" else words.model_max_length
-    if role != "t5" and max_length > model.config.max_position_embeddings:
-        limit = model.config.max_position_embeddings
-        raise UserError(f"{path}: {role} takes {limit} tokens, its tokenizer gives {max_length}; set model_max_length")
-    return TextEncoder(role, _frozen(model, device), words, max_length, files)
-
-
-def _frozen(model: Any, device: torch.device | str) -> Any:
-    model.requires_grad_(False).eval()
-    return model.to(device)
+    if open_clip and checkpoint:
+        model, words, files = _from_checkpoint(role, open_clip, Path(checkpoint), pipeline, dtype)
+    else:
+        folder = Path(path or "")
+        files = _checked_files(role, folder)
+        model = _load_model(role, folder, pipeline, dtype)
+        words = _load_tokenizer(role, Path(tokenizer) if tokenizer else folder)
+    if role in CLIP_ROLES:
+        limit, words.model_max_length = model.config.max_position_embeddings, clip_length or words.model_max_length
+        if words.model_max_length > limit:
+            whose = "clip_length" if clip_length else "its tokenizer's model_max_length"
+            raise UserError(
+                f"{path or checkpoint}: {role} takes {limit} tokens, {whose} is {words.model_max_length}; lower that"
+            )
+    model.requires_grad_(False).eval().to(device)
+    return TextEncoder(role, model, words, words.model_max_length if role in CLIP_ROLES else t5_length, files, pipeline)
 
 
 def _from_checkpoint(
-    role: str, name: str, checkpoint: Path, device: torch.device | str, dtype: torch.dtype
-) -> TextEncoder:
+    role: str, name: str, checkpoint: Path, pipeline: Pipeline, dtype: torch.dtype
+) -> tuple[Any, Any, tuple[Path, ...]]:
     if role not in CLIP_ROLES:
         raise UserError(f"open_clip has no {role}; give a transformers folder")
     tower = load_open_clip(name, checkpoint)
@@ -201,7 +284,7 @@ def _from_checkpoint(
     tokenizer = clip_tokenizer(model.config.max_position_embeddings, PAD_TOKENS[role])
     if len(tokenizer) != model.config.vocab_size:
         raise UserError(f"open_clip's {name} has {model.config.vocab_size} tokens, not CLIP's {len(tokenizer)}")
-    return TextEncoder(role, _frozen(model, device), tokenizer, tokenizer.model_max_length, (checkpoint,))
+    return model.text_model if pipeline == "flux" else model, tokenizer, (checkpoint,)
 
 
 def _checked_files(role: str, folder: Path) -> tuple[Path, ...]:
@@ -211,10 +294,11 @@ def _checked_files(role: str, folder: Path) -> tuple[Path, ...]:
     return weight_files(folder, "model")
 
 
-def _load_model(role: str, folder: Path, dtype: torch.dtype) -> Any:
-    from transformers import CLIPTextModelWithProjection, T5EncoderModel
+def _load_model(role: str, folder: Path, pipeline: Pipeline, dtype: torch.dtype) -> Any:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-    kind: Any = T5EncoderModel if role == "t5" else CLIPTextModelWithProjection
+    clip: Any = CLIPTextModel if pipeline == "flux" else CLIPTextModelWithProjection
+    kind: Any = T5EncoderModel if role == "t5" else clip
     model, info = load_pretrained(kind, folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
     absent = sorted(info["missing_keys"])  # transformers would leave these at random values
     if absent:
@@ -236,6 +320,7 @@ def assemble(features: Mapping[str, Tensor], *, context_dim: int, t5_length: int
     """What the network is told about the text: CLIP tokens, padded with zeros to T5's width, then T5 tokens.
 
     Without T5, pipelines feed `t5_length` zero tokens: one token that stands for so many, see `Conditioning.repeats`.
+    FLUX has T5 tokens alone.
 
     Args:
         features: by name, as `TextEncoders.encode` returns them; each (B, ...).
@@ -250,11 +335,16 @@ def assemble(features: Mapping[str, Tensor], *, context_dim: int, t5_length: int
 
     Source: Esser et al. 2024, arXiv:2403.03206, fig. 2 and appendix.
     """
+    pools = [features[f"{role}_pooled"] for role in CLIP_ROLES if f"{role}_pooled" in features]
     roles = [role for role in CLIP_ROLES if role in features]
-    if not roles:
+    if not pools or not (roles or "t5" in features):
         raise UserError(f"no CLIP features, which the pooled embedding needs; there are: {', '.join(features)}")
+    pooled = torch.cat(pools, dim=-1)
+    if "t5" in features and features["t5"].shape[-1] != context_dim:
+        raise UserError(f"tokens of t5 are {features['t5'].shape[-1]} wide; the model's context_dim is {context_dim}")
+    if not roles:
+        return Conditioning(features["t5"].to(pooled.dtype), pooled)
     clip = torch.cat([features[role] for role in roles], dim=-1)
-    pooled = torch.cat([features[f"{role}_pooled"] for role in roles], dim=-1)
     if clip.shape[-1] > context_dim:
         raise UserError(
             f"tokens of {'+'.join(roles)} are {clip.shape[-1]} wide; the model's context_dim {context_dim} is less"
@@ -264,8 +354,6 @@ def assemble(features: Mapping[str, Tensor], *, context_dim: int, t5_length: int
         repeats = torch.ones(clip.shape[1] + 1, dtype=torch.int64, device=clip.device)
         repeats[-1] = t5_length
         return Conditioning(F.pad(clip, (0, 0, 0, 1)), pooled, repeats)
-    if features["t5"].shape[-1] != context_dim:
-        raise UserError(f"tokens of t5 are {features['t5'].shape[-1]} wide; the model's context_dim is {context_dim}")
     return Conditioning(torch.cat([clip, features["t5"].to(clip.dtype)], dim=1), pooled)
 
 

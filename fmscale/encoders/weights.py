@@ -3,10 +3,47 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from fmscale.errors import UserError
+
+HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<folder>[\w./-]+))?")
+FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model")  # no pickle is fetched, so none can be read
+
+
+def model_folder(place: Path | str) -> Path:
+    """A model folder on this machine, fetched from the Hugging Face hub where it is none yet.
+
+    Args:
+        place: a folder; or, where there is no such folder, a name on the hub: OWNER/NAME, or OWNER/NAME/FOLDER for a
+            folder of a pipeline. With HF_HUB_OFFLINE=1 only what was fetched before is found.
+
+    Returns:
+        The folder, which may not exist where `place` cannot be a name on the hub.
+
+    Raises:
+        UserError: there is neither such a folder nor such a name, or the hub cannot be reached.
+    """
+    name = HUB_NAME.fullmatch(str(place))
+    if Path(place).is_dir() or name is None:
+        return Path(place)
+    from huggingface_hub import snapshot_download
+
+    folder = name["folder"] or ""
+    try:
+        patterns = [f"{folder}/{kind}" if folder else kind for kind in FETCHED]
+        found = Path(snapshot_download(name["repository"], allow_patterns=patterns)) / folder
+    except Exception as error:  # its client meets networks with many exceptions
+        said = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{place}: there is no such folder, and the Hugging Face hub gives no model of that name ({said}); give a "
+            "model folder, or fetch the model on a machine that may"
+        ) from error
+    if not found.is_dir():
+        raise UserError(f"{place}: {name['repository']} on the Hugging Face hub has no folder {folder!r} with a model")
+    return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:

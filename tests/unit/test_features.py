@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from fmscale import digits
 from fmscale.config import EncodeConfig, check
 from fmscale.encoders.clip import random_clip
 from fmscale.encoders.vae import Posterior
-from fmscale.features import Encoder, Prepared
+from fmscale.errors import UserError
+from fmscale.features import Encoder, Prepared, describe
 from fmscale.quickstart import bundled_vae
 
 IMAGES = 12
@@ -93,3 +96,43 @@ def test_a_stored_sample_belongs_to_its_image_whatever_it_is_encoded_with(clip: 
     assert 0.8 < noise.std().item() < 1.2
     other = stored(make_encoder(clip, latents="sample", flip=True, seed=1), images[3:4])
     assert not torch.equal(other["latents"], alone["latents"])
+
+
+# ---- captions
+
+
+def test_tokens_are_kept_and_captions_that_were_cut_are_counted(clip: Path, images: list[Prepared]) -> None:
+    encoder = make_encoder(clip)
+    long = replace(images[0], caption="many words " * 20)
+    facts: Counter[str] = Counter()
+    for image, _ in encoder.encode([images[0], long, long]):
+        facts += encoder.facts(image.meta)
+        expected = 2 + len(image.caption.split())
+        assert image.meta["tokens"] == {"clip_l": expected, "clip_g": expected}
+        assert image.meta["caption"] == images[0].caption
+    assert facts == {"captions": 3, "cut for clip_l": 2, "cut for clip_g": 2}
+    assert describe(facts) == "2 of 3 captions were cut to fit clip_l; 2 of 3 captions were cut to fit clip_g"
+    assert describe(Counter(captions=3)) == ""
+
+
+def test_one_text_encoder_is_enough(clip: Path, images: list[Prepared]) -> None:
+    encoder = make_encoder(clip, text={"clip_g": {"path": str(clip)}, "clip_length": 7})
+    assert {name: tuple(value.shape) for name, value in stored(encoder, images).items()} == {
+        "latents": (IMAGES, 4, 8, 8),
+        "clip_g": (IMAGES, 7, 16),
+        "clip_g_pooled": (IMAGES, 8),
+    }
+    assert encoder.identity()["clip_length"] == 7
+    assert list(encoder.identity()["text"]) == ["clip_g"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({}, "give clip_l or clip_g: the pooled embedding comes from them"),
+        ({"clip_l": {"path": "x"}, "pipeline": "flux"}, "`pipeline: flux` takes clip_l and t5, and no clip_g"),
+    ],
+)
+def test_encoders_that_make_no_model_are_refused(clip: Path, text: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_encoder(clip, text=text)

@@ -70,6 +70,21 @@ def test_checkpoint_from_file_equals_open_clip(tmp_path, prefix):
     torch.testing.assert_close(again.encode(CAPTIONS), encoder.encode(CAPTIONS), atol=0, rtol=0)
 
 
+def test_flux_takes_open_clips_pooled_embedding_before_its_projection(tmp_path):
+    add_model(tmp_path, "tiny-flux-for-test", SETTINGS, quick_gelu=True)
+    tower = random_tower(QuickGELU)
+    save_file(tower.state_dict(), tmp_path / "w.safetensors")
+    options = {"open_clip": "tiny-flux-for-test", "checkpoint": tmp_path / "w.safetensors", "pipeline": "flux"}
+    encoder = load_text_encoder("clip_l", **options)
+    ids = open_clip.tokenizer.SimpleTokenizer()(CAPTIONS[:2], context_length=LENGTH)
+    pooled = encoder.encode(CAPTIONS[:2])
+    expected = features_of_open_clip(tower, ids)["clip_g_pooled"]
+    torch.testing.assert_close(pooled["clip_l_pooled"] @ tower.text_projection, expected, atol=1e-4, rtol=0)
+    encoder.save(tmp_path / "saved")
+    again = load_text_encoder("clip_l", tmp_path / "saved", pipeline="flux")
+    torch.testing.assert_close(again.encode(CAPTIONS[:2]), pooled, atol=0, rtol=0)
+
+
 def test_tokenizer_gives_open_clips_ids():
     ids = clip_tokenizer(LENGTH, "!")(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt").input_ids
     expected = open_clip.tokenizer.SimpleTokenizer()(CAPTIONS, context_length=LENGTH)

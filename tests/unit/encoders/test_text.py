@@ -1,18 +1,27 @@
-"""encoders/text.py against the prompt encoding of diffusers' SD3 pipeline, on tiny encoders with random weights."""
+"""encoders/text.py against diffusers' prompt encoding of SD3 and FLUX, on tiny encoders with random weights."""
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from fmscale.batch import Conditioning
 from fmscale.encoders.clip import clip_tokenizer, random_clip
 from fmscale.encoders.text import TextEncoders, assemble, expand, load_text_encoder, load_text_encoders
+from fmscale.encoders.weights import model_folder
 from fmscale.errors import UserError
 
 CAPTIONS = ["a handwritten three", "", "Two DOGS, one cat! " * 20]  # the last is longer than any encoder takes
@@ -110,6 +119,76 @@ def test_features_equal_the_sd3_pipeline(encoders, with_t5):
     assert ours.context.shape == (3, CLIP_TOKENS + T5_TOKENS, CONTEXT_DIM)
     torch.testing.assert_close(ours.context, context, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.pooled, pooled, atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def flux(folders, tmp_path_factory) -> TextEncoders:
+    """As FLUX has them: CLIP-L without a projection, written as the pipeline's folder is."""
+    folder = tmp_path_factory.mktemp("flux")
+    CLIPTextModel.from_pretrained(folders / "clip_l").save_pretrained(folder)
+    clip = {"path": folder, "tokenizer": folders / "clip_l_tokenizer"}
+    return load_text_encoders({"clip_l": clip, "t5": {"path": folders / "t5"}}, T5_TOKENS, pipeline="flux")
+
+
+def test_features_equal_the_flux_pipeline(flux):
+    transformer = FluxTransformer2DModel(
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=1,
+        joint_attention_dim=CONTEXT_DIM,
+        pooled_projection_dim=24,
+        axes_dims_rope=(2, 2, 4),
+    )
+    clip_l, t5 = (flux.by_role[role] for role in ("clip_l", "t5"))
+    stock = FluxPipeline(
+        transformer=transformer,
+        scheduler=None,
+        vae=None,
+        text_encoder=clip_l.model,
+        tokenizer=clip_l.tokenizer,
+        text_encoder_2=t5.model,
+        tokenizer_2=t5.tokenizer,
+    )
+    with torch.no_grad():
+        context, pooled, _ = stock.encode_prompt(CAPTIONS, None, max_sequence_length=T5_TOKENS)
+    features = flux.encode(CAPTIONS)
+    assert set(features) == {"clip_l_pooled", "t5"}
+    ours = assemble(features, context_dim=CONTEXT_DIM)
+    torch.testing.assert_close(ours.context, context, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.pooled, pooled, atol=1e-5, rtol=0)
+    assert ours.repeats is None
+
+
+def test_flux_takes_what_is_pooled_before_the_projection(flux, folders):
+    """A folder with a projection gives the same features: FLUX does not look at it."""
+    clip = {"path": folders / "clip_l", "tokenizer": folders / "clip_l_tokenizer"}
+    projected = load_text_encoders({"clip_l": clip}, pipeline="flux").encode(CAPTIONS)
+    torch.testing.assert_close(projected, {"clip_l_pooled": flux.encode(CAPTIONS)["clip_l_pooled"]}, atol=0, rtol=0)
+    projected = load_text_encoders({"clip_l": clip}).encode(CAPTIONS)
+    assert projected["clip_l_pooled"].shape != flux.encode(CAPTIONS)["clip_l_pooled"].shape
+
+
+def test_a_shorter_clip_is_what_a_pipeline_reads_again(encoders, folders, tmp_path):
+    shorter = load_text_encoders(
+        {"clip_l": {"path": folders / "clip_l", "tokenizer": folders / "clip_l_tokenizer"}}, clip_length=10
+    )
+    features = shorter.encode(CAPTIONS)
+    assert features["clip_l"].shape == (3, 10, 24)
+    shorter.save("clip_l", tmp_path)
+    torch.testing.assert_close(load_text_encoder("clip_l", tmp_path).encode(CAPTIONS), features, atol=0, rtol=0)
+    with pytest.raises(UserError, match="takes 16 tokens, clip_length is 17; lower that"):
+        load_text_encoder("clip_l", folders / "clip_l", tokenizer=folders / "clip_l_tokenizer", clip_length=17)
+
+
+def test_tokens_are_counted_before_captions_are_cut(encoders):
+    counts = encoders.count(CAPTIONS)
+    assert list(counts) == ["clip_l", "clip_g", "t5"]
+    assert counts["clip_l"] == counts["clip_g"] == [5, 2, 2 + 6 * 20]  # words and marks, start and end
+    assert counts["t5"][1] == 1  # the end alone
+    assert counts["t5"][2] > T5_TOKENS
+    ids = encoders.by_role["t5"].tokenizer(CAPTIONS[0]).input_ids
+    assert counts["t5"][0] == len(ids)
 
 
 def test_features_by_name_and_shape(encoders):
@@ -221,6 +300,53 @@ def test_features_that_do_not_fit_are_refused():
         assemble({"t5": torch.zeros(2, 6, 9)}, context_dim=9)
 
 
+# ---- models on the Hugging Face hub
+
+
+@pytest.fixture
+def hub(folders, tmp_path, monkeypatch) -> str:
+    """The commit of a repository `someone/tiny` that the hub's own client fetched before, with a pipeline's folders."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    shutil.copytree(folders / "clip_l", repository / "snapshots" / commit / "text_encoder")
+    shutil.copytree(folders / "clip_l_tokenizer", repository / "snapshots" / commit / "tokenizer")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    return commit
+
+
+def test_a_name_on_the_hub_is_a_folder_once_it_was_fetched(hub, encoders):
+    model, tokenizer = (model_folder(f"someone/tiny/{name}") for name in ("text_encoder", "tokenizer"))
+    assert model.parent.name == hub
+    features = load_text_encoder("clip_l", model, tokenizer=tokenizer).encode(CAPTIONS)
+    torch.testing.assert_close(features, encoders.by_role["clip_l"].encode(CAPTIONS), atol=0, rtol=0)
+
+
+def test_a_folder_goes_before_a_name_on_the_hub(hub, tmp_path):
+    (tmp_path / "someone" / "tiny").mkdir(parents=True)
+    assert model_folder("someone/tiny") == Path("someone/tiny")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("someone/else", "someone/else: there is no such folder, and the Hugging Face hub gives no model"),
+        ("someone/tiny/vae", "has no folder 'vae'"),
+    ],
+)
+def test_what_is_neither_a_folder_nor_on_the_hub_is_one_line(hub, place, message):
+    with pytest.raises(UserError, match=message) as caught:
+        model_folder(place)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_is_no_name_on_the_hub(tmp_path):
+    for place in (tmp_path / "absent", Path("../absent/model"), Path("absent")):
+        assert model_folder(place) == place
+
+
 # ---- files that cannot be used
 
 
@@ -264,5 +390,5 @@ def test_damaged_weights_are_refused(folders, tmp_path):
 
 def test_tokenizer_longer_than_the_model_is_refused(folders, tmp_path):
     clip_tokenizer(CLIP_TOKENS + 1).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="takes 16 tokens, its tokenizer gives 17"):
+    with pytest.raises(UserError, match="takes 16 tokens, its tokenizer's model_max_length is 17; lower that"):
         load_text_encoder("clip_l", folders / "clip_l", tokenizer=tmp_path)

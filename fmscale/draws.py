@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmscale.config import TrainConfig
+from fmscale.data.tensors import widen
 from fmscale.encoders.vae import FLIPPED, LATENTS, LOG_VARIANCE, Posterior
 from fmscale.flow.coupling import COUPLINGS
 from fmscale.flow.loss import draw_dropped
@@ -92,7 +93,7 @@ def drop_text(
         dropped: shape (B, encoders), bool.
         null: per text tensor, without the batch dimension.
     """
-    text = {}
+    text, tensors = {}, widen(tensors)  # on the device: the bytes that travel there are few
     for column, encoder in enumerate(encoders):
         for name in (encoder, f"{encoder}_pooled"):
             if name in null:

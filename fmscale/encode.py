@@ -29,7 +29,7 @@ from fmscale.data.sources import SourceImage
 from fmscale.encoders.null import save_null
 from fmscale.encoders.vae import Vae
 from fmscale.errors import UserError
-from fmscale.features import Encoder, describe
+from fmscale.features import Encoder, add_up, describe, summarize
 from fmscale.files import new_folder
 from fmscale.log import get_logger, progress
 
@@ -56,17 +56,17 @@ def encode(config: EncodeConfig) -> Index:
     with new_folder(config.out) as folder:
         encoder = Encoder(config)
         _check_buckets(preparation, encoder.vae)
-        facts: Counter[str] = Counter()
+        facts: dict[str, float] = {}
         failures = _encode_all(config, encoder, preparation, folder, sources, facts)
         if not list(folder.glob("*.tar")):
             raise UserError(f"images: no image in {config.images} could be encoded ({_tally(failures)})")
         save_null(folder, encoder.null())
         (folder / FAILURES).write_text("".join(json.dumps(failure) + "\n" for failure in failures))
-        build_index(folder, {**encoder.identity(), "captions": dict(facts)})
+        build_index(folder, {**encoder.identity(), "captions": summarize(facts)})
     index = Index.open(config.out)
     log.info("%s: %s samples in buckets %s", config.out, f"{len(index):,}", ", ".join(b.name for b in index.buckets))
-    if said := describe(facts):
-        log.warning("%s", said)
+    for sentence in describe(summarize(facts)):
+        log.info("%s", sentence)
     if failures:
         log.warning("%d images were skipped (%s); see %s", len(failures), _tally(failures), config.out / FAILURES)
     return index
@@ -78,9 +78,9 @@ def _encode_all(
     preparation: Preparation,
     folder: Path,
     sources: Iterator[SourceImage | BadSample],
-    facts: Counter[str],
+    facts: dict[str, float],
 ) -> list[dict[str, str]]:
-    """Write the shards, and count facts about captions; returns what was skipped and why."""
+    """Write the shards, and add up facts about captions; returns what was skipped and why."""
     failures: list[dict[str, str]] = []
     with ShardWriter(folder, samples_per_shard=config.shard_samples) as writer, progress() as bar:
         counted = bar.track(sources, total=None, description="encode")
@@ -89,7 +89,7 @@ def _encode_all(
             for image, tensors in encoder.encode(batch):
                 if all(bool(torch.isfinite(value).all()) for value in tensors.values()):
                     writer.write(image.key, tensors, image.meta)
-                    facts.update(encoder.facts(image.meta))
+                    add_up(facts, encoder.facts(image.meta))
                 else:
                     failures.append(_skip(image.key, "latents or text features are not finite"))
     return failures

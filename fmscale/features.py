@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from fmscale.config import EncodeConfig, TextSource
 from fmscale.data.prepare import Prepared
+from fmscale.data.tensors import SCALE, narrow, widen
 from fmscale.distributed import world_from_environment
 from fmscale.encoders.text import ROLES, TextEncoders, load_text_encoders
 from fmscale.encoders.vae import FLIPPED, LATENTS, LOG_VARIANCE, Vae, load_vae
@@ -19,6 +19,7 @@ from fmscale.encoders.weights import model_folder
 from fmscale.flow.noise import draw_noise
 
 CUT = "cut for "  # a fact's name, with the role after it: captions that had more tokens than the encoder takes
+T5_ERROR = "t5_fp8_error"  # in a sample's json, and in the manifest over all of them: relative, root mean square
 STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -55,8 +56,13 @@ class Encoder:
         tokens = self.text.count(captions)
         tensors = self._latents(images) | self.text.encode(captions)
         stored = {name: value.to("cpu", self.storage) for name, value in tensors.items()}
+        errors: list[float] = []
+        if self.config.text.t5_fp8:
+            stored["t5"], stored["t5" + SCALE], errors = to_fp8(tensors["t5"])
         for row, image in enumerate(images):
             meta = {**image.meta, "tokens": {role: counts[row] for role, counts in tokens.items()}}
+            if errors:
+                meta[T5_ERROR] = errors[row]
             yield replace(image, meta=meta), {name: value[row].contiguous() for name, value in stored.items()}
 
     def _latents(self, images: list[Prepared]) -> dict[str, Tensor]:
@@ -80,10 +86,11 @@ class Encoder:
         """The features of the empty caption, as stored."""
         return {name: value[0].to("cpu", self.storage) for name, value in self.text.encode([""]).items()}
 
-    def facts(self, meta: Mapping[str, Any]) -> Counter[str]:
-        """What the json of a sample adds to the facts about all captions, which `describe` puts into words."""
+    def facts(self, meta: Mapping[str, Any]) -> dict[str, float]:
+        """What the json of a sample adds to the facts about all captions, which `summarize` makes of their sum."""
         cut = [role for role, count in meta["tokens"].items() if count > self.text.by_role[role].max_length]
-        return Counter(["captions", *(f"{CUT}{role}" for role in cut)])
+        squares = {T5_ERROR: meta[T5_ERROR] ** 2} if T5_ERROR in meta else {}
+        return {"captions": 1, **{CUT + role: 1 for role in cut}, **squares}
 
     def identity(self) -> dict[str, Any]:
         """What the dataset's manifest says about its making."""
@@ -95,6 +102,7 @@ class Encoder:
             "pipeline": text.pipeline,
             "clip_length": text.clip_length,
             "t5_length": text.t5_length,
+            "t5_fp8": text.t5_fp8,
             "dtype": self.config.dtype,
             "latents": self.config.latents,
             "flip": self.config.flip,
@@ -110,7 +118,38 @@ def local(source: TextSource) -> dict[str, str | None]:
     return {**found, "open_clip": source.open_clip, "checkpoint": checkpoint}
 
 
-def describe(facts: Mapping[str, int]) -> str:
-    """Facts about the captions of a dataset in words; empty where there is nothing to say."""
+def to_fp8(tokens: Tensor) -> tuple[Tensor, Tensor, list[float]]:
+    """Token features in 8 bits, on the CPU.
+
+    Args:
+        tokens: shape (B, L, D).
+
+    Returns:
+        Numbers (B, L, D) and scales (B, L), as `data.tensors.widen` takes them; and what that loses of each of the B:
+        the norm of the difference over the norm of the features.
+    """
+    numbers, scales = narrow(tokens)
+    lost = widen({"t5": numbers, "t5" + SCALE: scales})["t5"] - tokens.float()
+    errors = lost.flatten(1).norm(dim=1) / tokens.float().flatten(1).norm(dim=1)
+    return numbers.cpu(), scales.cpu(), [round(error, 6) for error in errors.tolist()]
+
+
+def add_up(total: dict[str, float], facts: Mapping[str, float]) -> None:
+    """Add facts about captions to those about others."""
+    for name, value in facts.items():
+        total[name] = total.get(name, 0) + value
+
+
+def summarize(facts: Mapping[str, float]) -> dict[str, Any]:
+    """Facts about the captions of a dataset, for its manifest: how many, how many were cut, and what 8 bits lost."""
     cut = {name.removeprefix(CUT): count for name, count in facts.items() if name.startswith(CUT)}
-    return "; ".join(f"{n:,} of {facts['captions']:,} captions were cut to fit {role}" for role, n in cut.items())
+    lost = {T5_ERROR: (facts[T5_ERROR] / facts["captions"]) ** 0.5} if T5_ERROR in facts else {}
+    return {"captions": facts.get("captions", 0), "cut": cut, **lost}
+
+
+def describe(summary: Mapping[str, Any]) -> list[str]:
+    """What is worth telling of a summary, in sentences."""
+    said = [f"{n:,} of {summary['captions']:,} captions were cut to fit {role}" for role, n in summary["cut"].items()]
+    if T5_ERROR in summary:
+        said.append(f"t5 in 8 bits differs from what it gave by {summary[T5_ERROR]:.2%}, root mean square")
+    return said

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fmscale.data.storage import Location, Storage, crc32
 from fmscale.data.tar import MAX_MEMBER_BYTES, DamageError, parse_json, walk
-from fmscale.data.tensors import parse_file, views
+from fmscale.data.tensors import parse_file, views, widen
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Sample:
     """A stored sample.
 
     Attributes:
-        tensors: by name; they share memory with `data`.
+        tensors: by name, 8-bit ones widened; the others share memory with `data`.
         data: its members in the tar.
     """
 
@@ -60,7 +60,7 @@ def read_sample(storage: Storage, location: Location, max_bytes: int = MAX_MEMBE
     _read(storage, location, [data])
     tensors = views(_tensor_file(location, data))
     _check_finite(tensors)
-    return Sample(tensors, data)
+    return Sample(widen(tensors), data)
 
 
 class Head(NamedTuple):
@@ -178,6 +178,8 @@ def _is_finite(tensor: Tensor) -> bool:
 @functools.cache
 def _infinities(dtype: torch.dtype) -> tuple[torch.dtype, int, int]:
     """The integer type of a floating-point type's size, the bits of Inf in it, and those of -Inf, unsigned."""
+    if dtype.itemsize == 1:  # E4M3 has no Inf: with all bits set but the sign, it is NaN
+        return torch.int8, 0x7F, 0xFF
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     infinity, minus_infinity = torch.tensor([torch.inf, -torch.inf], dtype=dtype).view(integer).tolist()
     return integer, infinity, minus_infinity + (1 << 8 * dtype.itemsize)

@@ -1,8 +1,12 @@
-"""Safetensors in memory: the table at their head, and tensors that point into the bytes instead of copying them."""
+"""Safetensors in memory: the table at their head, tensors that point into the bytes instead of copying them.
+
+Tensors of 8-bit floats have scales beside them; see `narrow`.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -16,6 +20,7 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -23,6 +28,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FP8 = torch.float8_e4m3fn
+SCALE = "_scale"  # after the name of a tensor of 8-bit floats: what its rows are multiplied by
 MAX_HEAD_BYTES = 100_000_000  # the format's own limit
 
 
@@ -111,3 +118,28 @@ def views(data: memoryview) -> dict[str, Tensor]:
             flat = flat.clone()
         tensors[name] = flat.view(dtype).reshape(entry.shape)
     return tensors
+
+
+def narrow(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers as 8-bit floats of 4 significant bits (E4M3), each row with a scale that uses their whole range.
+
+    Args:
+        values: shape (..., L, D); a row is the last dimension.
+
+    Returns:
+        The numbers, shape (..., L, D), and their scales, shape (..., L), float32: NaN where a row is not finite.
+    """
+    values = values.float()
+    scales = values.abs().amax(dim=-1) / torch.finfo(FP8).max
+    return (values / scales.where(scales != 0, 1)[..., None]).to(FP8), scales
+
+
+def widen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of 8-bit floats as bf16, multiplied by their scales, which are left out; the others as they are."""
+    narrowed = {name for name, value in tensors.items() if value.dtype == FP8 and name + SCALE in tensors}
+    scales = {name + SCALE for name in narrowed}
+    return {
+        name: (value.float() * tensors[name + SCALE][..., None]).bfloat16() if name in narrowed else value
+        for name, value in tensors.items()
+        if name not in scales
+    }

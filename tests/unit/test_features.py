@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from fmscale import digits
 from fmscale.config import EncodeConfig, check
+from fmscale.data.prepare import Prepared
+from fmscale.data.tensors import widen
 from fmscale.encoders.clip import random_clip
 from fmscale.encoders.vae import Posterior
 from fmscale.errors import UserError
-from fmscale.features import Encoder, Prepared, describe
+from fmscale.features import Encoder, add_up, describe, summarize
 from fmscale.quickstart import bundled_vae
 
 IMAGES = 12
@@ -104,15 +106,15 @@ def test_a_stored_sample_belongs_to_its_image_whatever_it_is_encoded_with(clip: 
 def test_tokens_are_kept_and_captions_that_were_cut_are_counted(clip: Path, images: list[Prepared]) -> None:
     encoder = make_encoder(clip)
     long = replace(images[0], caption="many words " * 20)
-    facts: Counter[str] = Counter()
+    facts: dict[str, float] = {}
     for image, _ in encoder.encode([images[0], long, long]):
-        facts += encoder.facts(image.meta)
+        add_up(facts, encoder.facts(image.meta))
         expected = 2 + len(image.caption.split())
         assert image.meta["tokens"] == {"clip_l": expected, "clip_g": expected}
         assert image.meta["caption"] == images[0].caption
-    assert facts == {"captions": 3, "cut for clip_l": 2, "cut for clip_g": 2}
-    assert describe(facts) == "2 of 3 captions were cut to fit clip_l; 2 of 3 captions were cut to fit clip_g"
-    assert describe(Counter(captions=3)) == ""
+    assert summarize(facts) == {"captions": 3, "cut": {"clip_l": 2, "clip_g": 2}}
+    assert describe(summarize(facts))[0] == "2 of 3 captions were cut to fit clip_l"
+    assert describe(summarize({"captions": 3})) == []
 
 
 def test_one_text_encoder_is_enough(clip: Path, images: list[Prepared]) -> None:
@@ -136,3 +138,39 @@ def test_one_text_encoder_is_enough(clip: Path, images: list[Prepared]) -> None:
 def test_encoders_that_make_no_model_are_refused(clip: Path, text: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_encoder(clip, text=text)
+
+
+# ---- t5 in eight bits
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 encoder with random weights that knows 26 words of one letter."""
+    folder = tmp_path_factory.mktemp("t5")
+    torch.manual_seed(0)
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{chr(97 + n)}", -1.0) for n in range(26))]
+    T5Tokenizer(vocab=vocabulary, extra_ids=0).save_pretrained(folder)
+    config = T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=64)
+    T5EncoderModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_t5_in_eight_bits_is_read_back_and_its_error_is_told(clip: Path, t5: Path, images: list[Prepared]) -> None:
+    text = {"clip_l": {"path": str(clip)}, "t5": {"path": str(t5)}, "t5_length": 6}
+    exact = stored(make_encoder(clip, text=text), images)
+    encoder = make_encoder(clip, text={**text, "t5_fp8": True})
+    tensors, facts = stored(encoder, images), dict[str, float]()
+    for image, _ in encoder.encode(images):
+        add_up(facts, encoder.facts(image.meta))
+    assert tensors["t5"].dtype == torch.float8_e4m3fn
+    assert tensors["t5_scale"].shape == (IMAGES, 6)
+    restored = widen(tensors)
+    assert set(restored) == set(exact)
+    lost = (restored["t5"].float() - exact["t5"]).flatten(1).norm(dim=1) / exact["t5"].flatten(1).norm(dim=1)
+    told = summarize(facts)["t5_fp8_error"]
+    assert told == pytest.approx(lost.square().mean().sqrt().item(), rel=1e-3)
+    assert 0.005 < told < 0.04
+    assert f"{told:.2%}" in describe(summarize(facts))[-1]
+    assert encoder.null()["t5"].dtype == torch.float32
+    with pytest.raises(UserError, match="`t5_fp8` stores what t5 gives; give t5 too"):
+        make_encoder(clip, text={"clip_l": {"path": str(clip)}, "t5_fp8": True})

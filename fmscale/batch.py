@@ -58,6 +58,7 @@ class Batch:
         noise: shape of the latents, float32, standard normal.
         keys: the samples' keys, one per slot; empty text for padding.
         bad: the damaged samples among them.
+        captions: one per slot, where they were asked for; empty text for padding.
     """
 
     step: int
@@ -68,6 +69,7 @@ class Batch:
     noise: Tensor
     keys: tuple[str, ...]
     bad: tuple[BadSample, ...] = ()
+    captions: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; `slots` stays on the CPU, where it indexes the step's draws."""

@@ -57,6 +57,9 @@ class DataConfig(Section):
     """The run stops when a larger share of the images it drew was damaged; checked from 1,000 images on."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes per rank that read and decode; 0 reads in the training process."""
+    text_encoders: dict[Place, Path] = Field(default={})
+    """Folders by role, such as `clip_l: DIR`, of frozen text encoders that are no longer where they were; for a dataset
+    that leaves captions to be encoded in training."""
     remote: RemoteConfig = RemoteConfig()
     """How datasets behind URLs are read."""
 
@@ -258,14 +261,17 @@ class TextConfig(Section):
     t5_length: Positive = 256
     """Tokens of T5, or of the zeros in its place; stock pipelines use 256 for SD3 and 512 for FLUX.1-dev unless told
     otherwise."""
+    online: bool = False
+    """Store captions alone: `train` encodes them at every step, with the same encoders on the device that trains. Less
+    disk and more time; where a GPU has room for the encoders and text would be most of what is read."""
     t5_fp8: bool = False
     """Store tokens of t5 as 8-bit floats with a scale per token: half the bytes of bf16; the error is measured, printed
     and kept in the manifest."""
 
     @model_validator(mode="after")
     def _fit(self) -> TextConfig:
-        if self.t5_fp8 and self.t5 is None:
-            raise ValueError("`t5_fp8` stores what t5 gives; give t5 too")
+        if self.t5_fp8 and (self.t5 is None or self.online):
+            raise ValueError("`t5_fp8` stores what t5 gives; give t5, and not `online`")
         if self.pipeline == "flux" and (self.clip_l is None or self.t5 is None or self.clip_g is not None):
             raise ValueError("`pipeline: flux` takes clip_l and t5, and no clip_g")
         if self.clip_l is None and self.clip_g is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from fmscale.config import DataConfig, TrainConfig
 from fmscale.data.mixture import Mixture, first_difference, only_appended
 from fmscale.data.order import Generation
 from fmscale.data.remote import RemoteOptions, open_index
+from fmscale.distributed import world_from_environment
 from fmscale.encoders.null import load_null
-from fmscale.encoders.text import ROLES, assemble
+from fmscale.encoders.text import ROLES, TextEncoders, assemble, reopen_text_encoders
 from fmscale.errors import UserError
+from fmscale.features import STORAGE
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Dataset:
         text_tokens: of a caption, as the network takes them: one that stands for many counts once.
         null: per stored text tensor, what replaces it when its encoder is dropped.
         generations: what was stored when, where shards were appended in mid-run; the last is what is stored now.
+        online: encodes captions, where their features are not stored.
     """
 
     mixture: Mixture
@@ -40,6 +43,16 @@ class Dataset:
     text_tokens: int
     null: dict[str, Tensor]
     generations: tuple[Generation, ...]
+    online: TextEncoders | None = None
+
+    def text_of(self, tensors: Mapping[str, Tensor], captions: Sequence[str]) -> Mapping[str, Tensor]:
+        """Text features of B samples by name: as they are stored, or encoded now.
+
+        Args:
+            tensors: that are stored of them, (B, ...) each.
+            captions: of them, where features are not stored.
+        """
+        return tensors if self.online is None else self.online.encode(list(captions))
 
     @property
     def null_sha256(self) -> str:
@@ -74,12 +87,13 @@ def open_dataset(config: TrainConfig, allow_pipe: bool = False) -> Dataset:
     shapes = {name: shape for name, (_, shape) in mixture.layout.items()}
     _check_latents(config, mixture, shapes["latents"][0])
     _check_coupling(config, mixture)
-    encoders = tuple(role for role in ROLES if {role, f"{role}_pooled"} & shapes.keys())
-    if not encoders:
+    online = open_online(config.data, mixture)
+    if online is None and not text_shapes(mixture):
         raise UserError(
             f"data.path: {mixture.name} holds no text features ({', '.join(ROLES)}); make it by `fmscale encode`"
         )
     null = open_null(mixture, config.conditioning.null)
+    encoders = tuple(role for role in ROLES if {role, f"{role}_pooled"} & null.keys())
     t5_length = mixture.made_by.get("t5_length", 256)
     check = assemble(
         {name: value[None] for name, value in null.items()}, context_dim=config.model.context_dim, t5_length=t5_length
@@ -88,20 +102,47 @@ def open_dataset(config: TrainConfig, allow_pipe: bool = False) -> Dataset:
         raise UserError(
             f"model.pooled_dim: {config.model.pooled_dim}, the dataset's pooled text has {check.pooled.shape[1]}"
         )
-    return Dataset(mixture, encoders, t5_length, check.context.shape[1], null, (mixture.generation(),))
+    return Dataset(mixture, encoders, t5_length, check.context.shape[1], null, (mixture.generation(),), online)
+
+
+def is_online(mixture: Mixture) -> bool:
+    """Whether captions are left for encoding in training."""
+    return bool(mixture.made_by.get("text_online"))
+
+
+def open_online(config: DataConfig, mixture: Mixture) -> TextEncoders | None:
+    """The encoders of captions that are left for training, on the device that trains; None where features are stored.
+
+    Raises:
+        UserError: they are gone, or are not those that the dataset names.
+    """
+    if not is_online(mixture):
+        if config.text_encoders:
+            raise UserError(f"data.text_encoders: {mixture.name} stores text features; leave that key out")
+        return None
+    device = world_from_environment().device
+    dtype = STORAGE[mixture.made_by["dtype"]] if device.type == "cuda" else torch.float32  # CPUs are slow in 16 bits
+    moved = {role: str(folder) for role, folder in config.text_encoders.items()}
+    return reopen_text_encoders(mixture.made_by, moved, "data.text_encoders.", device, dtype)
+
+
+def text_shapes(mixture: Mixture) -> dict[str, tuple[int, ...]]:
+    """Shapes of the text features that a sample stores, by name."""
+    return {name: shape for name, (_, shape) in mixture.layout.items() if name.removesuffix("_pooled") in ROLES}
 
 
 def open_null(mixture: Mixture, null: str) -> dict[str, Tensor]:
-    """What replaces text features that are dropped: each stored text tensor of the empty caption, or zeros.
+    """What replaces text features that are dropped: those of the empty caption, or zeros.
 
     Args:
-        mixture: stores the features.
+        mixture: stores the features, or beside its shards those of the empty caption alone.
         null: `empty` or `zeros`.
     """
-    shapes = {name: shape for name, (_, shape) in mixture.layout.items() if name.removesuffix("_pooled") in ROLES}
-    if null == "zeros":
+    shapes = text_shapes(mixture)
+    if null == "zeros" and not is_online(mixture):
         return {name: torch.zeros(shape) for name, shape in shapes.items()}
-    return load_null(mixture.datasets[0].path, shapes)
+    features = load_null(mixture.datasets[0].path, None if is_online(mixture) else shapes)
+    return {name: torch.zeros_like(value) for name, value in features.items()} if null == "zeros" else features
 
 
 def open_mixture(config: DataConfig, allow_pipe: bool = False) -> Mixture:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Encoder:
         """Images of one bucket, their tokens counted, each with the tensors that are stored of it, finite or not."""
         captions = [image.caption for image in images]
         tokens = self.text.count(captions)
-        tensors = self._latents(images) | self.text.encode(captions)
+        tensors = self._latents(images) | ({} if self.config.text.online else self.text.encode(captions))
         stored = {name: value.to("cpu", self.storage) for name, value in tensors.items()}
         errors: list[float] = []
         if self.config.text.t5_fp8:
@@ -103,6 +104,7 @@ class Encoder:
             "clip_length": text.clip_length,
             "t5_length": text.t5_length,
             "t5_fp8": text.t5_fp8,
+            "text_online": text.online,
             "dtype": self.config.dtype,
             "latents": self.config.latents,
             "flip": self.config.flip,
@@ -111,11 +113,16 @@ class Encoder:
 
 
 def local(source: TextSource) -> dict[str, str | None]:
-    """A text encoder's source with paths that hold from any folder; what the hub has is fetched."""
+    """A text encoder's source on this machine; what the Hugging Face hub has is fetched."""
     folders = {"path": source.path, "tokenizer": source.tokenizer}
-    found = {name: str(model_folder(place).absolute()) if place else None for name, place in folders.items()}
-    checkpoint = str(source.checkpoint.absolute()) if source.checkpoint else None
-    return {**found, "open_clip": source.open_clip, "checkpoint": checkpoint}
+    fetched = {name: str(model_folder(place)) if place else None for name, place in folders.items()}
+    return absolute(source.model_dump(mode="json") | fetched)
+
+
+def absolute(source: dict[str, str | None]) -> dict[str, str | None]:
+    """A text encoder's source with paths that hold from any folder; names on the Hugging Face hub stay as they are."""
+    paths = {key for key in ("path", "tokenizer", "checkpoint") if source[key] and Path(str(source[key])).exists()}
+    return {key: str(Path(str(value)).absolute()) if key in paths else value for key, value in source.items()}
 
 
 def to_fp8(tokens: Tensor) -> tuple[Tensor, Tensor, list[float]]:

@@ -53,7 +53,12 @@ class Gallery:
         if not samples:
             raise UserError(f"{mixture.name}: every sample of bucket {bucket.name} is damaged; encode it again")
         self.captions = [sample.read_meta().get("caption", "") for sample in samples]
-        self.text = {name: torch.stack([sample.tensors[name] for sample in samples]) for name in job.dataset.null}
+        stored = {
+            name: torch.stack([sample.tensors[name] for sample in samples])
+            for name in job.dataset.null
+            if job.dataset.online is None
+        }
+        self.text = job.dataset.text_of(stored, self.captions)
         shape = (job.config.model.latent_channels, bucket.height, bucket.width)
         self.noise = torch.stack([draw_noise(shape, SAMPLES, job.config.seed, i) for i in range(len(samples))])
         made = mixture.made_by

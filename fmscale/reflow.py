@@ -17,7 +17,7 @@ from fmscale.data.mixture import MixedBucket, Mixture
 from fmscale.data.reader import read_sample
 from fmscale.data.shards import ShardWriter
 from fmscale.data.tar import DamageError
-from fmscale.dataset import making, open_mixture, open_null
+from fmscale.dataset import is_online, making, open_mixture, open_null
 from fmscale.distributed import world_from_environment
 from fmscale.encoders.null import save_null
 from fmscale.encoders.text import ROLES, assemble
@@ -71,8 +71,13 @@ def check_teacher(run: Run, source: Mixture) -> None:
     """Refuse captions that the teacher cannot read, and shapes that it was not made for.
 
     Raises:
-        UserError: the dataset was made by other networks than those of the teacher's.
+        UserError: the dataset was made by other networks than those of the teacher's, or stores no text features.
     """
+    if is_online(source):
+        raise UserError(
+            f"data: {source.name} leaves captions to be encoded in training, pairs need their features; encode it "
+            "again with text.online=false"
+        )
     if making(run.made_by) != making(source.made_by):
         raise UserError(
             f"data: {source.name} and the dataset of {run.path} were not made by the same VAE and text encoders; "

@@ -50,7 +50,7 @@ FREE_KEYS = {
 DATASET = "dataset.json"
 Result = TypeVar("Result")
 Weights = str | float  # of a run: `ema`, `raw`, or the relative width of an average that is made from snapshots
-FREE_PARTS = ("checkpoint.", "guard.", "log.", "data.remote.")
+FREE_PARTS = ("checkpoint.", "guard.", "log.", "data.remote.", "data.text_encoders.")
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "webdataset", "safetensors", "numpy")
 
 

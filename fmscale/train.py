@@ -269,6 +269,7 @@ def batches_of(job: Job, start: int) -> Iterator[Batch]:
         stop_step=config.steps,
         noise=functools.partial(draw_noise, config.flow.coupling, config.seed),
         view=functools.partial(draw_latents, config.seed),
+        captions=job.dataset.online is not None,
         workers=config.data.workers,
         pin_memory=job.world.device.type == "cuda",
         worker_init=outlive_signals,
@@ -362,7 +363,8 @@ def agree(job: Job, tally: Tally) -> tuple[Tensor, Tensor]:
 def losses_of(job: Job, batch: Batch, draws: Draws) -> Tensor:
     """Loss of each image of a micro-batch under its draws, shape (B,)."""
     t, dropped = draws
-    text = drop_text(batch.tensors, job.dataset.encoders, dropped, job.dataset.null)
+    features = job.dataset.text_of(batch.tensors, batch.captions)
+    text = drop_text(features, job.dataset.encoders, dropped, job.dataset.null)
     given = assemble(text, context_dim=job.config.model.context_dim, t5_length=job.dataset.t5_length)
     noisy_latents, velocity = interpolate(batch.tensors["latents"].float(), batch.noise, t)
     predicted = job.engine(noisy_latents, t, given.context, given.pooled, given.repeats)

@@ -58,6 +58,7 @@ def build_loader(
     stop_step: int,
     noise: Noise,
     view: View = as_stored,
+    captions: bool = False,
     workers: int = 0,
     pin_memory: bool = False,
     worker_init: Callable[[int], None] | None = None,
@@ -75,6 +76,7 @@ def build_loader(
             float32, on the CPU.
         view: (stored tensors of a micro-batch, step, its slots) -> the tensors that this step sees, (B, ...) each;
             what it makes of a slot of weight 0 is of no account.
+        captions: give the captions too; each costs a second look at its sample.
         workers: processes that read ahead; 0 reads in this one.
         pin_memory: put batches in page-locked memory.
         worker_init: each worker calls it first, with its number.
@@ -88,7 +90,8 @@ def build_loader(
         RuntimeError: a worker died; its text begins with `DataLoader worker`.
     """
     items = partial(work_items, mixture, order, split, rank, start_step, stop_step)
-    pipeline = webdataset.DataPipeline(items, partial(make_batches, mixture=mixture, noise=noise, view=view))
+    make = partial(make_batches, mixture=mixture, noise=noise, view=view, captions=captions)
+    pipeline = webdataset.DataPipeline(items, make)
     loader = webdataset.WebLoader(
         pipeline, batch_size=None, num_workers=workers, pin_memory=pin_memory, worker_init_fn=worker_init
     )
@@ -129,26 +132,31 @@ def work_items(
         yield WorkItem(start_step + steps, mixture.buckets[plan.bucket], slots, samples)
 
 
-def make_batches(items: Iterable[WorkItem], mixture: Mixture, noise: Noise, view: View) -> Iterator[Batch]:
+def make_batches(
+    items: Iterable[WorkItem], mixture: Mixture, noise: Noise, view: View, captions: bool
+) -> Iterator[Batch]:
     """Read what each item asks for; a slot that is padding, or whose sample is damaged, holds zeros with weight 0."""
     reader = RowReader()
     for item in items:
         mixture.expect([address for address in item.samples if address is not None])
-        yield _make_batch(item, mixture, noise, view, reader)
+        yield _make_batch(item, mixture, noise, view, captions, reader)
 
 
-def _make_batch(item: WorkItem, mixture: Mixture, noise: Noise, view: View, reader: RowReader) -> Batch:
+def _make_batch(item: WorkItem, mixture: Mixture, noise: Noise, view: View, captions: bool, reader: RowReader) -> Batch:
     count = len(item.samples)
     tensors = mixture.empty(item.bucket, count)
     shape = tuple(tensors["latents"].shape[1:])
     drawn, weight = torch.empty(count, *shape), torch.zeros(count)
-    keys, bad = [""] * count, []
+    keys, words, bad = [""] * count, [""] * count, []
     for row, (slot, address) in enumerate(zip(item.slots.tolist(), item.samples, strict=True)):
         if address is not None:
             keys[row], storage, location = mixture.key(address), mixture.storage(address), mixture.location(address)
             try:
                 reader.read(storage, location, tensors, row)
-                drawn[row] = noise(shape, item.step, slot, partial(_read_meta, storage, location))
+                read_meta = partial(_read_meta, storage, location)
+                drawn[row] = noise(shape, item.step, slot, read_meta)
+                if captions:
+                    words[row] = str(read_meta().get("caption", ""))
                 weight[row] = 1
             except DamageError as damage:
                 bad.append(BadSample(keys[row], location.shard, str(damage)))
@@ -157,7 +165,8 @@ def _make_batch(item: WorkItem, mixture: Mixture, noise: Noise, view: View, read
         for tensor in (drawn, *tensors.values()):
             tensor[row] = 0
     size = (item.bucket.height, item.bucket.width)
-    return Batch(item.step, size, torch.from_numpy(item.slots), weight, tensors, drawn, tuple(keys), tuple(bad))
+    slots, named = torch.from_numpy(item.slots), (tuple(keys), tuple(bad), tuple(words) if captions else ())
+    return Batch(item.step, size, slots, weight, tensors, drawn, *named)
 
 
 def _read_meta(storage: Storage, location: Location) -> dict[str, Any]:

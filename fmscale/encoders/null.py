@@ -19,8 +19,8 @@ def save_null(folder: Path, features: Mapping[str, Tensor]) -> None:
     save_file({name: value.contiguous() for name, value in features.items()}, folder / NULL_FILE)
 
 
-def load_null(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Read the features of these names and shapes, in float32.
+def load_null(folder: Path, shapes: Mapping[str, Sequence[int]] | None) -> dict[str, Tensor]:
+    """Read the features of these names and shapes, or of None for all that there are, in float32.
 
     Raises:
         UserError: the dataset has no such file, or it lacks a name, or the samples store another shape.
@@ -35,9 +35,9 @@ def load_null(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Te
         stored = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: damaged: {error}; encode the dataset again") from None
-    for name, shape in shapes.items():
+    for name, shape in (shapes or {}).items():
         if name not in stored or tuple(stored[name].shape) != tuple(shape):
             raise UserError(
                 f"{path}: lacks {name} of shape {tuple(shape)}, as the samples store; encode the dataset again"
             )
-    return {name: stored[name].float() for name in shapes}
+    return {name: stored[name].float() for name in (stored if shapes is None else shapes)}

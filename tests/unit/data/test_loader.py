@@ -242,3 +242,13 @@ def test_a_users_mistake_in_a_worker_is_one_line_here(index: Index, workers: int
             )
         )
     assert str(caught.value) == "data.path: no noise here; give other data"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_captions_are_given_where_they_are_asked_for(index: Index, samples, workers: int) -> None:
+    words = {key: meta["caption"] for key, _, meta in samples} | {"": ""}
+    cut = split(5, 1, 2)  # the last slot of a step is padding
+    options = {"rank": 0, "start_step": 0, "stop_step": 3, "noise": noise, "workers": workers}
+    for batch in build_loader(Mixture([index]), make_order(index, 5), cut, captions=True, **options):
+        assert batch.captions == tuple(words[key] for key in batch.keys)
+    assert all(batch.captions == () for batch in load(index))

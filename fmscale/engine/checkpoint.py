@@ -205,11 +205,13 @@ def at_step(root: Path, step: int | None, opened: Callable[[Checkpoint], Opened]
         if step not in paths:
             raise UserError(f"{root}: no checkpoint of step {step}; there are {', '.join(map(str, paths))}")
         return opened(open_checkpoint(paths[step]))
-    for path in reversed(paths.values()):
+    tried: set[Path] = set()
+    while untried := [path for path in find_all(root) if path not in tried]:  # a run may replace them meanwhile
         try:
-            return opened(open_checkpoint(path))
+            return opened(open_checkpoint(untried[-1]))
         except DamagedError as error:
             log.warning("passed over: %s", error)
+        tried.add(untried[-1])
     raise UserError(f"{root}: no checkpoint is sound; the lines above say why")
 
 

@@ -34,7 +34,7 @@ from fmscale.config import TrainConfig, check, dump
 from fmscale.distributed import World, free_port, rank_environment
 from fmscale.engine import fragments
 from fmscale.engine import saver as saving
-from fmscale.engine.checkpoint import WRITING, latest, verify
+from fmscale.engine.checkpoint import WRITING, Checkpoint, at_step, verify
 from fmscale.runs import start_run_dir
 
 WORLD_SIZE = 2
@@ -48,8 +48,8 @@ def kill(folder: Path) -> None:
 
 
 def stop(folder: Path) -> None:
-    """`run_ranks` lets it go on after a while."""
-    os.kill(os.getpid(), signal.SIGSTOP)
+    """`run_ranks` lets it go on after a while. Sent to this thread, it stops here and not some way further on."""
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
 def fill(folder: Path) -> None:
@@ -210,10 +210,12 @@ def be_rank(rank: int, port: int, yaml: Path, said: Path, prepare: Callable[[], 
 
 def newest_sound(run_dir: Path) -> int:
     """Step of the newest whole checkpoint; its checksums are right."""
-    found = latest(run_dir / "checkpoints")
-    assert found is not None
-    verify(found)
-    return found.step
+
+    def checked(found: Checkpoint) -> int:
+        verify(found)
+        return found.step
+
+    return at_step(run_dir / "checkpoints", None, checked)
 
 
 def digests(run_dir: Path) -> list[str]:

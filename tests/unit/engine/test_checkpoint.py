@@ -28,6 +28,7 @@ from fmscale.engine.checkpoint import (
     at_step,
     check_fits,
     choose,
+    discard,
     find_all,
     latest,
     open_checkpoint,
@@ -279,6 +280,18 @@ def test_a_reader_passes_over_damage_unless_it_was_told_the_step(
     (tmp_path / "step-00000001" / "index.json").unlink()
     with pytest.raises(UserError, match="no checkpoint is sound"):
         at_step(tmp_path, None, sound)
+
+
+def test_a_reader_takes_the_checkpoint_that_came_while_the_one_before_went(tmp_path: Path) -> None:
+    def slow(found: Checkpoint) -> int:
+        if found.step == 1:
+            write(tmp_path, 2)
+            discard(tmp_path / "step-00000001")
+        verify(found)
+        return found.step
+
+    write(tmp_path, 1)
+    assert at_step(tmp_path, None, slow) == 2
 
 
 def test_an_unreadable_index_is_named(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def _index_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _index(args: argparse.Namespace) -> int | None:
     action = "verify" if args.verify else "repair" if args.repair else "index"
-    return _program("encode").index(args.dataset, action, args.allow_pipe)
+    return _program("indexing").index(args.dataset, action, args.allow_pipe)
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:

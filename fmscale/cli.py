@@ -160,8 +160,24 @@ def _quickstart(args: argparse.Namespace) -> None:
     _program("quickstart").quickstart(_path(args.out), args.nproc)
 
 
+def _encode_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument(
+        "--nproc", type=_positive, metavar="N", help="start N local workers, one per GPU where there are"
+    )
+
+
 def _encode(args: argparse.Namespace) -> int:
-    return _with_config(args, _program("encode").encode)
+    def run(config: object) -> int | None:
+        if args.nproc and args.nproc > 1:
+            # Say what is wrong once, here, and not once per worker.
+            _program("distributed").check_can_spawn(args.nproc)
+            _program("encode").check_setup(config)
+            return _program("distributed").spawn_workers(_without_nproc(args), args.nproc)
+        _program("encode").encode(config)
+        return DONE
+
+    return _with_config(args, run)
 
 
 def _index_arguments(parser: argparse.ArgumentParser) -> None:
@@ -225,8 +241,8 @@ def _train(args: argparse.Namespace) -> int | None:
 def _without_nproc(args: argparse.Namespace) -> list[str]:
     """The command line of one rank."""
     flags = ("allow_config_change", "allow_append", "allow_pipe")
-    given = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag)]
-    return ["train", *given, args.config, *args.overrides]
+    given = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag, False)]
+    return [args.command, *given, args.config, *args.overrides]
 
 
 def _checkpoints_arguments(parser: argparse.ArgumentParser) -> None:
@@ -348,7 +364,7 @@ COMMANDS = {
     "encode": Command(
         "images and captions -> indexed latent shards",
         "fmscale encode configs/encode_sd3.yaml images=/data/photos out=/data/latents",
-        _config_arguments,
+        _encode_arguments,
         _encode,
     ),
     "index": Command(

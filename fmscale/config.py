@@ -344,8 +344,13 @@ class EncodeConfig(Section):
     batch: Positive = 16
     """Images encoded at once."""
     shard_samples: Positive = 10_000
+    """Most samples in a shard; of a folder of images, so many are one piece of work, as a tar is."""
     max_pixels: Positive = 100_000_000
     """Larger images are refused before they are decoded."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that decode images beside the encoding; 0 decodes in a thread."""
+    claim_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    """A worker on another machine that has not been heard of for so long is dead, and others take over its work."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @model_validator(mode="after")

@@ -150,6 +150,57 @@ def spawn(argv: Sequence[str], nproc: int) -> int:
     return 0
 
 
+def spawn_workers(argv: Sequence[str], nproc: int) -> int:
+    """Run the command line `argv` on `nproc` local processes, of which each goes on where another fails.
+
+    Returns:
+        0 where one of them ended well; else the exit code of the first that has one, or 1 where signals ended all.
+    """
+    from multiprocessing import get_context
+
+    environments = [rank_environment(World(rank, rank, nproc), "127.0.0.1", 0) for rank in range(nproc)]
+    workers = [
+        get_context("spawn").Process(target=_run_worker, args=(rank, list(argv), environments)) for rank in range(nproc)
+    ]
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for worker in workers:
+            if worker.pid is not None and worker.is_alive():
+                os.kill(worker.pid, signal.SIGTERM)
+
+    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    codes = [worker.exitcode or 0 for worker in workers]
+    return 0 if 0 in codes else next((code for code in codes if code > 0), 1)
+
+
+def _run_worker(rank: int, argv: list[str], environments: list[dict[str, str]]) -> None:
+    end_with_parent(signal.SIGTERM)
+    _run_rank(rank, argv, environments)
+
+
+def end_with_parent(number: int) -> None:
+    """Let this process, which `multiprocessing` started, be sent a signal when the one that started it is dead."""
+    import threading
+    from multiprocessing import parent_process
+
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
 def _run_rank(rank: int, argv: list[str], environments: list[dict[str, str]]) -> None:
     os.environ.update(environments[rank])
     # Each rank would take every core; torchrun sets 1 for the same reason.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fmscale.config import EncodeConfig, TextSource
-from fmscale.data.prepare import Prepared
+from fmscale.data.prepare import Prepared, as_floats
 from fmscale.data.tensors import SCALE, narrow, widen
 from fmscale.distributed import world_from_environment
 from fmscale.encoders.text import ROLES, TextEncoders, load_text_encoders
@@ -68,7 +68,7 @@ class Encoder:
 
     def _latents(self, images: list[Prepared]) -> dict[str, Tensor]:
         """Latents of the images, and of the mirrored ones, by the names that `draws.draw_latents` reads."""
-        pixels = torch.stack([image.pixels for image in images])
+        pixels = as_floats(images, self.vae.model.device)
         latents: dict[str, Tensor] = {}
         for name, view in {LATENTS: pixels, FLIPPED: pixels.flip(-1)}.items():
             if name == FLIPPED and not self.config.flip:
@@ -121,7 +121,7 @@ def local(source: TextSource) -> dict[str, str | None]:
 
 def absolute(source: dict[str, str | None]) -> dict[str, str | None]:
     """A text encoder's source with paths that hold from any folder; names on the Hugging Face hub stay as they are."""
-    paths = {key for key in ("path", "tokenizer", "checkpoint") if source[key] and Path(str(source[key])).exists()}
+    paths = {key for key in ("path", "tokenizer", "checkpoint") if source.get(key) and Path(str(source[key])).exists()}
     return {key: str(Path(str(value)).absolute()) if key in paths else value for key, value in source.items()}
 
 

@@ -151,6 +151,7 @@ def write_encoders(out: Path) -> EncodeConfig:
         "batch": 64,
         "dtype": "fp32",
         "shard_samples": 1000,
+        "workers": 0,  # such small images are decoded before a process has started
     }
     return _write_config(EncodeConfig, data, out / "encode.yaml", "encode")
 

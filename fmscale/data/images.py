@@ -7,13 +7,13 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from fmscale.data import reasons
 from fmscale.data.reasons import ImageError
 
+Pixels = NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # decoders that start no other program
 FLAT = 12  # levels of 255 by which a bar of one colour varies after a JPEG
 MIN_PADDED_PX = 64  # in smaller pictures a flat border says nothing
@@ -142,7 +142,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return None
 
 
-def fit(image: Image.Image, height: int, width: int) -> tuple[Tensor, tuple[float, float, float, float]]:
+def fit(image: Image.Image, height: int, width: int) -> tuple[Pixels, tuple[float, float, float, float]]:
     """Crop the centre of a picture to a shape and resize it, antialiased, in one pass.
 
     Args:
@@ -151,12 +151,11 @@ def fit(image: Image.Image, height: int, width: int) -> tuple[Tensor, tuple[floa
         width: to reach, in pixels.
 
     Returns:
-        The pixels, shape (3, height, width), float32 in [-1, 1], and the crop box in pixels of `image`: left, top,
-        right, bottom.
+        The pixels, shape (3, height, width), and the crop box in pixels of `image`: left, top, right, bottom.
     """
     scale = min(image.width / width, image.height / height)  # source pixels per target pixel
     left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
     right, bottom = min(left + scale * width, image.width), min(top + scale * height, image.height)
     box = (max(left, 0.0), max(top, 0.0), float(right), float(bottom))
     pixels = np.array(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 127.5 - 1, box
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), box

@@ -30,6 +30,7 @@ from fmscale.errors import UserError
 
 VERSION = 3
 FOLDER = "index"
+UNFINISHED = "unfinished"  # folder of a dataset that is still being made
 COLUMNS = {
     "shard": "u4",
     "offset": "i8",
@@ -113,6 +114,7 @@ class Index:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; give the folder that holds the dataset's tars")
         if not (folder / "manifest.json").is_file():
+            refuse_unfinished(path)
             raise UserError(f"{path} has no index: run `fmscale index {path}`")
         try:
             index = cls(path, folder, storage or LocalStorage(path))
@@ -179,6 +181,12 @@ class Index:
                 )
         if found:
             raise UserError(f"{self.path / min(found)} is not in the index: run `fmscale index {self.path}`")
+
+
+def refuse_unfinished(path: Path) -> None:
+    """Raise a UserError where a dataset is still being made."""
+    if (path / UNFINISHED).is_dir():
+        raise UserError(f"{path} is not finished: let its `fmscale encode` come to an end, or start it again")
 
 
 def check_manifest(manifest: Any) -> dict[str, Any]:

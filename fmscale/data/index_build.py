@@ -32,6 +32,7 @@ from fmscale.data.index import (
     check_shards,
     checksums,
     is_spatial,
+    refuse_unfinished,
 )
 from fmscale.data.sequence import stable_hash
 from fmscale.data.storage import LocalStorage
@@ -77,11 +78,54 @@ def build_index(path: str | Path, made_by: dict[str, Any] | None, progress: Prog
     path = Path(path).absolute()
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give the folder that holds the dataset's tars")
+    refuse_unfinished(path)
     tars = find_tars(path)
     if not tars:
         raise UserError(f"{path} holds no *.tar: give the folder that holds the dataset's tars")
     scans = _scan_all(tars, progress)
     return _replace_index(path, scans, _common_layout(path, scans), made_by)
+
+
+def index_shard(tar: Path) -> Path:
+    """Read every byte of a shard, and write beside it what an index says of it.
+
+    Returns:
+        The file, `NAME.tar.npz`, for `join_index`.
+
+    Raises:
+        UserError: the shard cannot be indexed.
+        OSError: the file cannot be written.
+    """
+    scan = _scan_shard(tar)
+    about = json.dumps({"shard": scan.shard, "layout": scan.layout}).encode()
+    bytes_ = {"about": np.frombuffer(about, "u1"), "keys": np.frombuffer(scan.keys, "u1")}
+    file = tar.with_name(f"{tar.name}.npz")
+    np.savez(file, allow_pickle=False, **scan.columns, **bytes_)
+    sync(file)
+    return file
+
+
+def join_index(path: Path, scans: Sequence[Path], made_by: dict[str, Any] | None) -> Index:
+    """Write the index of a dataset of which each shard has been indexed where it was made: no shard is read again.
+
+    Args:
+        path: the dataset's folder, which holds the shards.
+        scans: of all of them, as `index_shard` wrote them, by name of the shard.
+        made_by: as for `build_index`.
+
+    Raises:
+        UserError: shards that do not go together, or keys that come twice.
+    """
+    loaded = [_load_scan(file) for file in scans]
+    return _replace_index(path, loaded, _common_layout(path, loaded), made_by)
+
+
+def _load_scan(file: Path) -> _Scan:
+    with np.load(file, allow_pickle=False) as arrays:
+        columns = dict(arrays)
+    about = json.loads(columns.pop("about").tobytes())
+    layout = {name: (dtype, tuple(shape)) for name, (dtype, shape) in about["layout"].items()}
+    return _Scan(Shard(*about["shard"]), layout, columns, columns.pop("keys").tobytes())
 
 
 def repair_index(path: str | Path, progress: Progress | None = None) -> tuple[Index, list[BadSample]]:

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fmscale.batch import BadSample
 from fmscale.data import reasons
 from fmscale.data.buckets import assign
 from fmscale.data.captions import look_up
-from fmscale.data.images import fit, load_image, looks_padded, was_squared
+from fmscale.data.images import Pixels, fit, load_image, looks_padded, was_squared
 from fmscale.data.reasons import ImageError
 from fmscale.data.sources import SourceImage
 
@@ -25,17 +27,23 @@ class Prepared:
 
     Attributes:
         key: unique in the dataset.
-        pixels: shape (3, H, W), in [-1, 1].
+        pixels: shape (3, H, W).
         caption: as given.
         meta: what the sample's json will say.
         padded: whether it seems to have been padded to a square before it came here.
     """
 
     key: str
-    pixels: Tensor
+    pixels: Pixels
     caption: str
     meta: dict[str, Any]
     padded: bool = False
+
+
+def as_floats(images: Sequence[Prepared], device: torch.device | str = "cpu") -> Tensor:
+    """Pixels of images of one shape as the VAE takes them: shape (B, 3, H, W), float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([image.pixels for image in images]))
+    return pixels.to(device).float() / 127.5 - 1
 
 
 @dataclass(frozen=True)
@@ -129,3 +137,12 @@ class Preparation:
             )
             raise ImageError(reasons.TOO_SMALL, detail)
         return [place for place, upscale in zip(nearest, upscales, strict=True) if upscale <= self.max_upscale]
+
+
+def decode_image(source: SourceImage | BadSample, preparation: Preparation) -> list[Prepared] | dict[str, str]:
+    """What a source gives, or why it gives nothing, as `failures.jsonl` says it."""
+    try:
+        return preparation.prepare(source)
+    except ImageError as error:
+        name = source.key or source.shard if isinstance(source, BadSample) else source.key
+        return {"key": name, "reason": error.reason, "detail": error.detail}

@@ -18,6 +18,8 @@ TRUNCATED = "truncated image"
 BROKEN = "broken image"
 TOO_MANY_PIXELS = "too many pixels"
 UNKNOWN_RANGE = "pixels of unknown range"
+# what the networks make of them
+NOT_FINITE = "latents or text features are not finite"
 # what the filters refuse; those for scores add `FIELD out of range` and `no FIELD`
 TOO_SMALL = "too small"
 TOO_LONG = "too long a shape"

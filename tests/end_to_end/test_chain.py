@@ -160,8 +160,39 @@ def test_another_vae_is_refused(chain: Path, tmp_path: Path) -> None:
 def test_what_exists_is_not_overwritten(chain: Path) -> None:
     with pytest.raises(UserError, match="exists already"):
         export(open_run(chain / "run"), chain / "export")
-    with pytest.raises(UserError, match="exists already"):
-        encode(load(EncodeConfig, chain / "encode.yaml"))
+    with pytest.raises(UserError, match="images exists already"):
+        encode(load(EncodeConfig, chain / "encode.yaml", [f"out={chain / 'images'}"]))
+
+
+def test_a_dataset_that_is_finished_is_left_alone(chain: Path) -> None:
+    files = {path: path.stat().st_mtime_ns for path in (chain / "latents").rglob("*")}
+    assert len(encode(load(EncodeConfig, chain / "encode.yaml"))) == 24
+    assert {path: path.stat().st_mtime_ns for path in (chain / "latents").rglob("*")} == files
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("dtype=bf16", r'config\.dtype was "fp32", and is "bf16"'),
+        ("buckets_px=[[64, 64]]", r"config\.buckets_px was \[\[64, 64\], \[64, 128\], \[128, 64\]\], and is"),
+        ("shard_samples=9", r"config\.shard_samples was 1000, and is 9"),
+        ("vae=vae", r'config\.vae was ".*digits_vae", and is "vae"'),
+        ("text.t5_length=77", r"config\.text\.t5_length was 256, and is 77"),
+    ],
+)
+def test_a_dataset_is_not_gone_on_with_otherwise(chain: Path, override: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=f"latents was begun otherwise: {complaint}"):
+        encode(load(EncodeConfig, chain / "encode.yaml", [override]))
+
+
+def test_the_manifest_tells_what_became_of_the_images(chain: Path) -> None:
+    manifest = json.loads((chain / "latents" / "manifest.json").read_text())
+    index = Index.open(chain / "latents")
+    assert manifest["fingerprint"] == index.fingerprint
+    assert manifest["buckets"] == {"8x8": 12, "8x16": 6, "16x8": 6}
+    assert list(manifest["failures"].values()) == [1]
+    assert manifest["job"]["made_by"] == index.made_by
+    assert not (chain / "latents" / "unfinished").exists()
 
 
 def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(

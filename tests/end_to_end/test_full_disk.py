@@ -16,6 +16,9 @@ from PIL import Image
 
 from fmscale.cli import main
 from fmscale.config import TrainConfig, dump
+from fmscale.data.index import Index
+from fmscale.data.index_build import build_index
+from fmscale.errors import UserError
 from fmscale.quickstart import write_encoders
 
 ROOM_BYTES = 50_000
@@ -42,16 +45,24 @@ def complaint(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return last
 
 
-def test_encode_leaves_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_encode_leaves_no_dataset_and_goes_on_when_there_is_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images = tmp_path / "images"
     images.mkdir()
     for number in range(40):
         Image.fromarray(np.full((64, 64, 3), 5 * number, np.uint8)).save(images / f"{number}.png")
         (images / f"{number}.txt").write_text("gray")
     write_encoders(tmp_path)
-    before = sorted(path.name for path in tmp_path.iterdir())
     complaint(capsys, "encode", tmp_path / "encode.yaml")
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert [path.name for path in (tmp_path / "latents").iterdir()] == ["unfinished"]
+    assert not list(tmp_path.glob("latents/unfinished/*/*"))
+    with pytest.raises(UserError, match=r"latents is not finished: let its `fmscale encode` come to an end, or start"):
+        Index.open(tmp_path / "latents")
+    with pytest.raises(UserError, match="latents is not finished"):
+        build_index(tmp_path / "latents", None)
+    assert main(["encode", str(tmp_path / "encode.yaml")]) == 0
+    assert len(Index.open(tmp_path / "latents")) == 40
 
 
 def test_train_keeps_its_older_checkpoints(

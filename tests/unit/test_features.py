@@ -13,7 +13,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from fmscale import digits
 from fmscale.config import EncodeConfig, check
-from fmscale.data.prepare import Prepared
+from fmscale.data.prepare import Prepared, as_floats
 from fmscale.data.tensors import widen
 from fmscale.encoders.clip import random_clip
 from fmscale.encoders.vae import Posterior
@@ -35,7 +35,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def images() -> list[Prepared]:
     split = digits.load_split()
-    pixels = torch.from_numpy(digits.enlarge(split.heldout_images[:IMAGES])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = digits.enlarge(split.heldout_images[:IMAGES]).transpose(0, 3, 1, 2)
     captions = [digits.caption(label) for label in split.heldout_labels[:IMAGES]]
     return [
         Prepared(f"digit{number}", picture, caption, {"caption": caption})
@@ -65,7 +65,7 @@ def test_stored_latents_decode_to_the_images_and_their_mirror_images(
 ) -> None:
     encoder = make_encoder(clip, latents=kind, flip=True, dtype="bf16")
     tensors = stored(encoder, images)
-    pixels = torch.stack([image.pixels for image in images])
+    pixels = as_floats(images)
     lost_db = 2.0 if kind == "sample" else 0.5  # a sample is not the likeliest image; bf16 rounds
     for name, shown in (("latents", pixels), ("latents_flipped", pixels.flip(-1))):
         assert tensors[name].dtype == torch.bfloat16
@@ -80,7 +80,7 @@ def test_stored_latents_decode_to_the_images_and_their_mirror_images(
 def test_a_posterior_is_stored_as_the_vae_gives_it(clip: Path, images: list[Prepared]) -> None:
     encoder = make_encoder(clip, latents="posterior")
     tensors = stored(encoder, images)
-    raw = encoder.vae.model.encode(torch.stack([image.pixels for image in images])).latent_dist
+    raw = encoder.vae.model.encode(as_floats(images)).latent_dist
     scale, shift = encoder.vae.scaling_factor, encoder.vae.shift_factor
     torch.testing.assert_close(tensors["latents"], (raw.mean - shift) * scale, atol=1e-5, rtol=1e-5)
     spread = (tensors["latents_log_variance"] / 2).exp()
@@ -92,7 +92,7 @@ def test_a_stored_sample_belongs_to_its_image_whatever_it_is_encoded_with(clip: 
     together, alone = stored(encoder, images), stored(encoder, images[3:4])
     for name in ("latents", "latents_flipped"):
         torch.testing.assert_close(together[name][3:4], alone[name], atol=1e-4, rtol=0)
-    posterior = Posterior(*encoder.vae.posterior(images[3].pixels[None]))
+    posterior = Posterior(*encoder.vae.posterior(as_floats(images[3:4])))
     noise = (alone["latents"] - posterior.mean) / (posterior.log_variance / 2).exp()
     assert abs(noise.mean().item()) < 0.25
     assert 0.8 < noise.std().item() < 1.2

@@ -1,0 +1,196 @@
+"""Workers that are killed, stopped and started at random make the dataset of one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from running import PATIENCE_S, environment
+
+from fmscale import digits
+from fmscale.cli import main
+from fmscale.config import EncodeConfig, load
+from fmscale.data.index import Index, verify
+from fmscale.encode import encode
+from fmscale.quickstart import write_encoders
+
+IMAGES, UNIT = 180, 6
+KILLS = 9
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images of three shapes, some of them broken, and `encode.yaml`, which makes 30 units of them."""
+    out = tmp_path_factory.mktemp("source")
+    split = digits.load_split()
+    pictures, labels = digits.enlarge(split.train_images[:IMAGES]), split.train_labels
+    (out / "images").mkdir()
+    for number, picture in enumerate(pictures):
+        shown = picture if number % 3 else np.concatenate([picture, picture], axis=number % 2)
+        Image.fromarray(shown).save(out / "images" / f"{number:03d}.png")
+        (out / "images" / f"{number:03d}.txt").write_text(digits.caption(labels[number]))
+    for number in range(0, IMAGES, 40):
+        (out / "images" / f"{number:03d}.png").write_bytes(b"this is no picture")
+    write_encoders(out)
+    return out
+
+
+def settings(source: Path, out: Path, *more: str) -> list[str]:
+    return [str(source / "encode.yaml"), f"out={out}", f"shard_samples={UNIT}", "batch=4", "latents=sample", *more]
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path) -> Index:
+    config, *overrides = settings(source, source / "whole")
+    return encode(load(EncodeConfig, Path(config), overrides))
+
+
+def start(source: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
+    with (source / f"{out.name}.txt").open("a") as file:
+        command = [sys.executable, "-m", "fmscale", "encode", *settings(source, out, *more)]
+        return subprocess.Popen(command, stdout=file, stderr=file, env=environment(), start_new_session=True)
+
+
+def done(out: Path) -> int:
+    """Units that are done, or all of them."""
+    with suppress(FileNotFoundError):
+        return len(os.listdir(out / "unfinished" / "done"))
+    return IMAGES // UNIT if (out / "manifest.json").exists() else 0
+
+
+def wait_for(reached: Callable[[], bool], worker: subprocess.Popen[bytes] | None = None) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not reached():
+        assert worker is None or worker.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def end(worker: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(worker.pid, number)
+
+
+def contents(index: Index) -> Iterator[tuple[str, bytes]]:
+    for row in range(len(index)):
+        place = index.location(row)
+        with index.storage.open(place.shard) as file:
+            file.seek(place.offset)
+            yield index.key(row), file.read(place.length)
+
+
+def assert_same(out: Path, whole: Index) -> None:
+    index = Index.open(out)
+    assert dict(contents(index)) == dict(contents(whole))
+    assert len(index) == len(whole) == IMAGES - len(range(0, IMAGES, 40))
+    assert index.fingerprint == whole.fingerprint
+    assert verify(index) == []
+    assert not (out / "unfinished").exists()
+    for name in ("failures.jsonl", "null.safetensors"):
+        assert (out / name).read_bytes() == (whole.path / name).read_bytes()
+    ours, theirs = (json.loads((path / "manifest.json").read_text()) for path in (out, whole.path))
+    assert ours == theirs
+
+
+@pytest.mark.slow
+def test_three_workers_killed_at_random_make_the_same_dataset(source: Path, whole: Index) -> None:
+    """Killed without warning, one after another, and started again; one decodes by itself, the others in processes."""
+    out, dice = source / "killed", random.Random(0)
+    workers = [start(source, out, f"workers={number}") for number in range(3)]
+    kills, deadline = 0, time.monotonic() + PATIENCE_S
+    try:
+        while not (out / "manifest.json").exists():
+            assert time.monotonic() < deadline, (source / "killed.txt").read_text()
+            time.sleep(dice.uniform(0, 0.3))
+            # Before the first unit of a fresh start there is nothing to kill but imports.
+            if kills < KILLS and done(out) > kills:
+                worker = dice.randrange(3)
+                end(workers[worker])
+                workers[worker].wait()
+                workers[worker] = start(source, out, f"workers={worker}")
+                kills += 1
+        assert [worker.wait(PATIENCE_S) for worker in workers] == [0, 0, 0], (source / "killed.txt").read_text()
+    finally:
+        for worker in workers:
+            end(worker)
+            worker.wait()
+    assert kills >= 3
+    assert_same(out, whole)
+
+
+def test_a_worker_that_slept_is_overtaken_and_repeats_nothing(source: Path, whole: Index) -> None:
+    """Stopped by a signal it is silent and not dead; its unit is done by another before it wakes."""
+    out = source / "slept"
+    slow = start(source, out, "claim_timeout_s=1")
+    try:
+        wait_for(lambda: done(out) > 0 and bool(list(out.glob("unfinished/writing/*/*.partial"))), slow)
+        end(slow, signal.SIGSTOP)
+        held = [path.stem for path in out.glob("unfinished/claims/*.claim")]
+        fast = start(source, out, "claim_timeout_s=1")
+        assert fast.wait(PATIENCE_S) == 0, (source / "slept.txt").read_text()
+        end(slow, signal.SIGCONT)
+        assert slow.wait(PATIENCE_S) == 0, (source / "slept.txt").read_text()
+    finally:
+        end(slow)
+        slow.wait()
+    assert held
+    assert f"{held[0]}: the worker that was at it is dead, so another takes it" in (source / "slept.txt").read_text()
+    assert_same(out, whole)
+
+
+def test_local_workers_do_without_one_that_is_killed(source: Path, whole: Index) -> None:
+    out = source / "local"
+    parent = start(source, out, "--nproc", "2")
+    try:
+        wait_for(lambda: done(out) > 0 and len(list(out.glob("unfinished/claims/*.worker"))) == 2, parent)
+        owner = json.loads(min(out.glob("unfinished/claims/*.worker")).read_text())
+        os.kill(owner["pid"], signal.SIGKILL)
+        assert parent.wait(PATIENCE_S) == 0, (source / "local.txt").read_text()
+    finally:
+        end(parent)
+        parent.wait()
+    assert_same(out, whole)
+
+
+def test_local_workers_end_with_their_parent(source: Path) -> None:
+    out = source / "orphans"
+    parent = start(source, out, "--nproc", "2")
+    try:
+        wait_for(lambda: done(out) > 0, parent)
+        parent.kill()
+        parent.wait()
+        wait_for(lambda: not list(out.glob("unfinished/claims/*")))
+        assert done(out) < IMAGES // UNIT
+    finally:
+        end(parent)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_is_asked_to_end_lets_go_of_its_work(
+    source: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = source / f"ended{number}"
+    worker = start(source, out)
+    try:
+        wait_for(lambda: done(out) > 1, worker)
+        end(worker, number)
+        assert worker.wait(PATIENCE_S) == 130
+    finally:
+        end(worker)
+        worker.wait()
+    assert list((out / "unfinished" / "claims").iterdir()) == []
+    assert list((out / "unfinished" / "writing").iterdir()) == []
+    assert "fmscale encode: interrupted" in (source / f"{out.name}.txt").read_text()
+    assert main(["index", str(out)]) == 2
+    assert "is not finished: let its `fmscale encode` come to an end, or start it again" in capsys.readouterr().err

@@ -19,6 +19,7 @@ import json
 import statistics
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from PIL import Image
 from fmscale.config import EncodeConfig, check
 from fmscale.data.buckets import grouped
 from fmscale.data.index import Index
-from fmscale.encode import Plan, check_setup, decoders, prepare, take_part
+from fmscale.data.prepare import Prepared, as_floats
+from fmscale.encode import Plan, check_setup, decoders, take_part
 from fmscale.encoders.clip import random_clip
-from fmscale.features import Encoder, Prepared
+from fmscale.features import Encoder
 
 IMAGES_PER_TAR = 16
 SIDES_PX = (480, 640, 800)
@@ -103,7 +105,7 @@ def config_of(folder: Path, args: argparse.Namespace) -> EncodeConfig:
         "out": str(folder / "latents"),
         "vae": str(folder / "vae"),
         "text": {role: {"path": str(folder / role)} for role in ("clip_l", "clip_g")},
-        "resolution_px": args.resolution_px,
+        "resolutions_px": [args.resolution_px],
         "batch": args.batch,
         "workers": args.workers,
     }
@@ -148,7 +150,7 @@ def read_batches(config: EncodeConfig, plan: Plan) -> list[list[Prepared]]:
     """The batches that `fmscale encode` makes."""
     batches: list[list[Prepared]] = []
     for unit in plan.units.values():
-        images = (prepare(source, plan.buckets, config.max_pixels) for source in unit.read())
+        images = chain.from_iterable(map(plan.preparation.prepare, unit.read()))
         batches += grouped(images, lambda image: image.pixels.shape, config.batch)
     return batches
 
@@ -156,7 +158,7 @@ def read_batches(config: EncodeConfig, plan: Plan) -> list[list[Prepared]]:
 def run_bare(encoder: Encoder, batches: list[list[Prepared]]) -> None:
     """Nothing but the networks."""
     for batch in batches:
-        encoder.vae.encode(torch.stack([image.pixels for image in batch]))
+        encoder.vae.encode(as_floats(batch))
         encoder.text.encode([image.caption for image in batch])
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -139,6 +139,21 @@ def _laid_over(config: dict[str, Any], raw: Mapping[str, Any], within: str = "")
     return config
 
 
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, for which it looks in any optimizer, but leave its kernels as they are.
+
+    They are marked for torch.compile, and to mark them imports all of it: seconds in every process.
+    """
+    from deepspeed.runtime import compiler
+
+    marks = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = marks
+
+
 class Engine:
     """A model under ZeRO.
 
@@ -160,6 +175,7 @@ class Engine:
         self.shapes = {
             name: tuple(p.shape) for name, p in zip(self.names, self.params, strict=True)
         }  # ZeRO-3 hides them
+        _import_muon()
         self.engine, self.zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         for flat in self._flat_partitions():
             optimizer.init_state(flat)

@@ -266,7 +266,9 @@ def initialise(model: nn.Module, table: Mapping[str, Initialiser], generator: to
         generator: source of the random draws, on the parameters' device; None is torch's own.
     """
     for name, parameter in model.named_parameters():
-        row_for(name, table)(parameter, generator)
+        fill = row_for(name, table)
+        if not parameter.is_meta:  # to draw nothing there imports much of torch.compile
+            fill(parameter, generator)
 
 
 def row_for(name: str, table: Mapping[str, Row]) -> Row:

@@ -46,6 +46,8 @@ IMPORTS = (
     "safetensors.torch",
     "numpy",
     "fsspec",
+    "huggingface_hub",
+    "braceexpand",
     "zlib_ng.zlib_ng",
     "PIL.Image",
     "rich",

@@ -149,6 +149,7 @@ def test_a_worker_that_slept_is_overtaken_and_repeats_nothing(source: Path, whol
     assert_same(out, whole)
 
 
+@pytest.mark.slow
 def test_local_workers_do_without_one_that_is_killed(source: Path, whole: Index) -> None:
     out = source / "local"
     parent = start(source, out, "--nproc", "2")
@@ -163,6 +164,7 @@ def test_local_workers_do_without_one_that_is_killed(source: Path, whole: Index)
     assert_same(out, whole)
 
 
+@pytest.mark.slow
 def test_local_workers_end_with_their_parent(source: Path) -> None:
     out = source / "orphans"
     parent = start(source, out, "--nproc", "2")
@@ -176,7 +178,7 @@ def test_local_workers_end_with_their_parent(source: Path) -> None:
         end(parent)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_worker_that_is_asked_to_end_lets_go_of_its_work(
     source: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,7 +30,14 @@ def children(pid: int) -> list[int]:
     return sorted(child for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes())
 
 
-@pytest.mark.parametrize(("how", "rank"), [("SIGSTOP", 2), ("SIGSTOP", 0), ("SIGKILL", 1)])
+@pytest.mark.parametrize(
+    ("how", "rank"),
+    [
+        ("SIGSTOP", 2),
+        pytest.param("SIGSTOP", 0, marks=pytest.mark.slow),
+        pytest.param("SIGKILL", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_that_is_not_heard_of_ends_the_job_and_is_named(
     tmp_path: Path, make_config: Callable[..., TrainConfig], how: str, rank: int
 ) -> None:

@@ -181,18 +181,23 @@ def _encode(args: argparse.Namespace) -> int:
 
 
 def _index_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", metavar="DATASET", help="folder of latent shards")
+    parser.add_argument("dataset", metavar="DATASET", help="folder of latent shards, or of tars of images")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--verify", action="store_true", help="read every byte and name what is damaged; exit code 2 then"
     )
     what.add_argument("--repair", action="store_true", help="write an index that leaves out what is damaged")
+    what.add_argument(
+        "--images",
+        metavar="ENCODE",
+        help="index tars of images, which `train` then encodes as this encode config would",
+    )
     _pipe_argument(parser)
 
 
 def _index(args: argparse.Namespace) -> int | None:
-    action = "verify" if args.verify else "repair" if args.repair else "index"
-    return _program("indexing").index(args.dataset, action, args.allow_pipe)
+    action = "verify" if args.verify else "repair" if args.repair else "images" if args.images else "index"
+    return _program("indexing").index(args.dataset, action, args.allow_pipe, args.images)
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:

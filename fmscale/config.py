@@ -60,6 +60,9 @@ class DataConfig(Section):
     text_encoders: dict[Place, Path] = Field(default={})
     """Folders by role, such as `clip_l: DIR`, of frozen text encoders that are no longer where they were; for a dataset
     that leaves captions to be encoded in training."""
+    vae: Path | None = None
+    """Folder of the frozen VAE that is no longer where it was: for a dataset of images that training encodes, and for
+    `log.images_every_steps`."""
     remote: RemoteConfig = RemoteConfig()
     """How datasets behind URLs are read."""
 

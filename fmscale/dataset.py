@@ -15,10 +15,14 @@ from torch import Tensor
 from fmscale.config import DataConfig, TrainConfig
 from fmscale.data.mixture import Mixture, first_difference, only_appended
 from fmscale.data.order import Generation
+from fmscale.data.prepare import to_floats
+from fmscale.data.raw import PIXELS
 from fmscale.data.remote import RemoteOptions, open_index
 from fmscale.distributed import world_from_environment
+from fmscale.draws import POSTERIOR_NOISE
 from fmscale.encoders.null import load_null
 from fmscale.encoders.text import ROLES, TextEncoders, assemble, reopen_text_encoders
+from fmscale.encoders.vae import LATENTS, Vae, reopen_vae
 from fmscale.errors import UserError
 from fmscale.features import STORAGE
 
@@ -35,6 +39,7 @@ class Dataset:
         null: per stored text tensor, what replaces it when its encoder is dropped.
         generations: what was stored when, where shards were appended in mid-run; the last is what is stored now.
         online: encodes captions, where their features are not stored.
+        vae: encodes images, where their latents are not stored.
     """
 
     mixture: Mixture
@@ -44,6 +49,7 @@ class Dataset:
     null: dict[str, Tensor]
     generations: tuple[Generation, ...]
     online: TextEncoders | None = None
+    vae: Vae | None = None
 
     def text_of(self, tensors: Mapping[str, Tensor], captions: Sequence[str]) -> Mapping[str, Tensor]:
         """Text features of B samples by name: as they are stored, or encoded now.
@@ -53,6 +59,17 @@ class Dataset:
             captions: of them, where features are not stored.
         """
         return tensors if self.online is None else self.online.encode(list(captions))
+
+    def latents_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Latents (B, C, H, W) of B samples, float32: as they are stored, or encoded now.
+
+        Args:
+            tensors: of them, (B, ...) each, as `draws.draw_view` gives them.
+        """
+        if self.vae is None:
+            return tensors[LATENTS].float()
+        posterior, noise = self.vae.posterior(to_floats(tensors[PIXELS])), tensors.get(POSTERIOR_NOISE)
+        return posterior.mean if noise is None else posterior.sample(noise)
 
     @property
     def null_sha256(self) -> str:
@@ -84,8 +101,7 @@ def open_dataset(config: TrainConfig, allow_pipe: bool = False) -> Dataset:
         allow_pipe: programs that it names may be started.
     """
     mixture = open_mixture(config.data, allow_pipe)
-    shapes = {name: shape for name, (_, shape) in mixture.layout.items()}
-    _check_latents(config, mixture, shapes["latents"][0])
+    _check_latents(config, mixture)
     _check_coupling(config, mixture)
     online = open_online(config.data, mixture)
     if online is None and not text_shapes(mixture):
@@ -102,7 +118,8 @@ def open_dataset(config: TrainConfig, allow_pipe: bool = False) -> Dataset:
         raise UserError(
             f"model.pooled_dim: {config.model.pooled_dim}, the dataset's pooled text has {check.pooled.shape[1]}"
         )
-    return Dataset(mixture, encoders, t5_length, check.context.shape[1], null, (mixture.generation(),), online)
+    networks = online, open_vae(config.data, mixture)
+    return Dataset(mixture, encoders, t5_length, check.context.shape[1], null, (mixture.generation(),), *networks)
 
 
 def is_online(mixture: Mixture) -> bool:
@@ -124,6 +141,26 @@ def open_online(config: DataConfig, mixture: Mixture) -> TextEncoders | None:
     dtype = STORAGE[mixture.made_by["dtype"]] if device.type == "cuda" else torch.float32  # CPUs are slow in 16 bits
     moved = {role: str(folder) for role, folder in config.text_encoders.items()}
     return reopen_text_encoders(mixture.made_by, moved, "data.text_encoders.", device, dtype)
+
+
+def open_vae(config: DataConfig, mixture: Mixture) -> Vae | None:
+    """The VAE of images that are left for training, on the device that trains; None where latents are stored.
+
+    Raises:
+        UserError: it is gone, or is not the one that the dataset names.
+    """
+    if mixture.raw is None:
+        return None
+    if not (folder := vae_folder(config, mixture)).is_dir():
+        raise UserError(f"{folder}: the VAE of the dataset is no longer there; give its folder: data.vae=DIR")
+    made = mixture.made_by
+    compute = {**made["vae_compute"], "dtype": STORAGE[made["vae_compute"]["dtype"]]}
+    return reopen_vae(folder, made["vae"], world_from_environment().device, encodes=True, **compute)
+
+
+def vae_folder(config: DataConfig, mixture: Mixture) -> Path:
+    """Where the VAE is that made a dataset that names one."""
+    return config.vae or Path(mixture.made_by["vae"]["path"])
 
 
 def text_shapes(mixture: Mixture) -> dict[str, tuple[int, ...]]:
@@ -219,9 +256,11 @@ def read_shards(path: Path) -> dict[str, list[dict[str, str]]]:
     return seen if isinstance(seen, dict) else {}
 
 
-def _check_latents(config: TrainConfig, mixture: Mixture, channels: int) -> None:
-    if channels != config.model.latent_channels:
-        raise UserError(f"model.latent_channels: {config.model.latent_channels}, the dataset's latents have {channels}")
+def _check_latents(config: TrainConfig, mixture: Mixture) -> None:
+    if mixture.channels != config.model.latent_channels:
+        raise UserError(
+            f"model.latent_channels: {config.model.latent_channels}, the dataset's latents have {mixture.channels}"
+        )
     limit = config.model.pos_embed_max_size * config.model.patch_size
     for bucket in mixture.buckets:
         if bucket.height % config.model.patch_size or bucket.width % config.model.patch_size:

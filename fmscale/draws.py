@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmscale.config import TrainConfig
+from fmscale.data.raw import PIXELS, RawImages
 from fmscale.data.tensors import widen
 from fmscale.encoders.vae import FLIPPED, LATENTS, LOG_VARIANCE, Posterior
 from fmscale.flow.coupling import COUPLINGS
@@ -52,6 +53,43 @@ def draw_noise(
     return COUPLINGS[coupling](shape, read_meta, (seed, step, slot))
 
 
+POSTERIOR_NOISE = "posterior_noise"  # beside pixels: what stands for one sample of their latents' posterior
+
+
+def draw_view(
+    seed: int, raw: RawImages | None, tensors: dict[str, Tensor], step: int, slots: Sequence[int]
+) -> dict[str, Tensor]:
+    """What some slots of a step see of their samples, be they latents (raw is None) or images; same draws for both."""
+    return draw_latents(seed, tensors, step, slots) if raw is None else draw_pixels(seed, raw, tensors, step, slots)
+
+
+def draw_pixels(
+    seed: int, raw: RawImages, tensors: dict[str, Tensor], step: int, slots: Sequence[int]
+) -> dict[str, Tensor]:
+    """What some slots of a step see of their images: as they are or mirrored, and which latents of the posterior.
+
+    The loader's workers call it.
+
+    Args:
+        seed: of the run.
+        raw: whether there is anything to draw.
+        tensors: `pixels`, shape (B, 3, H, W), 0 to 255; what is mirrored is so in place.
+        step: optimizer step.
+        slots: B places in the global batch.
+
+    Returns:
+        The pixels, and beside them the noise from which `Posterior.sample` makes the latents, if they are sampled.
+    """
+    pixels = tensors[PIXELS]
+    for row, slot in enumerate(slots):
+        if raw.flip and _is_mirrored(seed, step, slot):
+            pixels[row] = pixels[row].flip(-1)
+    if raw.latents == "mean":
+        return {PIXELS: pixels}
+    shape = raw.latent_shape(*pixels.shape[-2:])
+    return {PIXELS: pixels, POSTERIOR_NOISE: torch.stack([_posterior_noise(shape, seed, step, slot) for slot in slots])}
+
+
 def draw_latents(seed: int, tensors: dict[str, Tensor], step: int, slots: Sequence[int]) -> dict[str, Tensor]:
     """What some slots of a step see of their samples: of two mirror images one, of a posterior one sample.
 
@@ -71,15 +109,21 @@ def draw_latents(seed: int, tensors: dict[str, Tensor], step: int, slots: Sequen
         return tensors
     rows = []
     for row, slot in enumerate(slots):
-        mirrored = flipped and bool(torch.rand((), generator=keyed_generator("flip", seed, step, slot)) < 0.5)
-        name = FLIPPED if mirrored else LATENTS
+        name = FLIPPED if flipped and _is_mirrored(seed, step, slot) else LATENTS
         latents, log_variance = tensors[name][row], tensors.get(name + LOG_VARIANCE)
         if log_variance is not None:
-            noise = noise_of(latents.shape, "posterior", seed, step, slot)
-            latents = Posterior(latents, log_variance[row]).sample(noise)
+            latents = Posterior(latents, log_variance[row]).sample(_posterior_noise(latents.shape, seed, step, slot))
         rows.append(latents)
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(LATENTS)}
     return {LATENTS: torch.stack(rows), **rest}
+
+
+def _is_mirrored(seed: int, step: int, slot: int) -> bool:
+    return bool(torch.rand((), generator=keyed_generator("flip", seed, step, slot)) < 0.5)
+
+
+def _posterior_noise(shape: Sequence[int], seed: int, step: int, slot: int) -> Tensor:
+    return noise_of(shape, "posterior", seed, step, slot)
 
 
 def drop_text(

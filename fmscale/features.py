@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 from fmscale.config import EncodeConfig, TextSource
-from fmscale.data.prepare import Prepared, as_floats
+from fmscale.data.prepare import Preparation, Prepared, as_floats
 from fmscale.data.tensors import SCALE, narrow, widen
 from fmscale.distributed import world_from_environment
 from fmscale.encoders.text import ROLES, TextEncoders, load_text_encoders
 from fmscale.encoders.vae import FLIPPED, LATENTS, LOG_VARIANCE, Vae, load_vae
 from fmscale.encoders.weights import model_folder
+from fmscale.errors import UserError
 from fmscale.flow.noise import draw_noise
 
 CUT = "cut for "  # a fact's name, with the role after it: captions that had more tokens than the encoder takes
@@ -110,6 +112,19 @@ class Encoder:
             "flip": self.config.flip,
             "vae_compute": self.config.vae_compute.model_dump(mode="json"),
         }
+
+
+def check_buckets(preparation: Preparation, vae: Vae) -> None:
+    """Refuse buckets that the VAE cannot encode.
+
+    Raises:
+        UserError: names the first.
+    """
+    for height, width in chain.from_iterable(preparation.resolutions.values()):
+        if height % vae.factor or width % vae.factor:
+            raise UserError(
+                f"bucket {height}x{width} px: the VAE needs multiples of {vae.factor} px; see bucket_step_px"
+            )
 
 
 def local(source: TextSource) -> dict[str, str | None]:

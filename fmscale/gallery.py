@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,9 +14,10 @@ from torch import Tensor
 from fmscale.batch import Conditioning
 from fmscale.config import TrainConfig
 from fmscale.data.mixture import Address, MixedBucket, Mixture
-from fmscale.data.reader import Sample, read_sample
+from fmscale.data.raw import RawSample
+from fmscale.data.reader import Sample
 from fmscale.data.tar import DamageError
-from fmscale.dataset import Dataset
+from fmscale.dataset import Dataset, vae_folder
 from fmscale.encoders.text import assemble
 from fmscale.encoders.vae import reopen_vae
 from fmscale.engine.optim import ema_names
@@ -61,8 +61,8 @@ class Gallery:
         self.text = job.dataset.text_of(stored, self.captions)
         shape = (job.config.model.latent_channels, bucket.height, bucket.width)
         self.noise = torch.stack([draw_noise(shape, SAMPLES, job.config.seed, i) for i in range(len(samples))])
-        made = mixture.made_by
-        self.vae = reopen_vae(Path(made["vae"]["path"]), made["vae"]) if job.world.is_main else None
+        folder, made = vae_folder(job.config.data, mixture), mixture.made_by["vae"]
+        self.vae = reopen_vae(folder, made) if job.world.is_main else None
 
     def draw(self) -> Image.Image | None:
         """A sheet of what the averaged weights draw, or the raw ones where there is no average; every rank calls it.
@@ -98,13 +98,13 @@ class Gallery:
         return assemble(text, context_dim=self.job.config.model.context_dim, t5_length=dataset.t5_length)
 
 
-def sound_samples(mixture: Mixture, bucket: MixedBucket) -> Iterator[Sample]:
+def sound_samples(mixture: Mixture, bucket: MixedBucket) -> Iterator[Sample | RawSample]:
     """The samples of a bucket that can be read, in the order in which they are stored."""
     for part, (start, count) in enumerate(zip(bucket.starts, bucket.counts, strict=True)):
         for row in range(start, start + count):
             address = Address(part, row)
             try:
-                yield read_sample(mixture.storage(address), mixture.location(address))
+                yield mixture.sample(address)
             except DamageError:
                 continue  # training names it, when it comes to it
 
@@ -117,10 +117,10 @@ def check_gallery(config: TrainConfig, dataset: Dataset) -> None:
     """
     if config.log.images_every_steps is None:
         return
-    made = dataset.mixture.made_by.get("vae")
-    if made is None or not Path(made["path"]).is_dir():
-        where = "is unknown" if made is None else f"is no longer at {made['path']}"
+    known = "vae" in dataset.mixture.made_by
+    if not known or not vae_folder(config.data, dataset.mixture).is_dir():
+        where = f"is no longer at {vae_folder(config.data, dataset.mixture)}" if known else "is unknown"
         raise UserError(
             f"log.images_every_steps: the VAE that made {dataset.mixture.name} {where}, so nothing can be shown; "
-            "put it there, or set log.images_every_steps=null"
+            f"{'give its folder: data.vae=DIR' if known else 'encode it again'}, or set log.images_every_steps=null"
         )

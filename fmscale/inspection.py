@@ -72,8 +72,10 @@ def survey_dataset(index: Index, samples: int, thumbnails: int, vae: str | None)
         vae: folder of the VAE that made the latents; needed for thumbnails.
 
     Raises:
-        UserError: no such VAE, or one of another number of channels.
+        UserError: no such VAE, one of another number of channels, or a dataset of images.
     """
+    if "latents" not in index.layout:
+        raise UserError(f"{index.place} holds images that training encodes; inspect shows what `fmscale encode` makes")
     decoder = load_vae(vae) if vae and thumbnails else None
     channels = index.layout["latents"][1][0]
     if decoder and decoder.channels != channels:

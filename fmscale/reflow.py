@@ -14,7 +14,6 @@ from fmscale.data.buckets import grouped
 from fmscale.data.index import Index
 from fmscale.data.index_build import build_index
 from fmscale.data.mixture import MixedBucket, Mixture
-from fmscale.data.reader import read_sample
 from fmscale.data.shards import ShardWriter
 from fmscale.data.tar import DamageError
 from fmscale.dataset import is_online, making, open_mixture, open_null
@@ -73,6 +72,8 @@ def check_teacher(run: Run, source: Mixture) -> None:
     Raises:
         UserError: the dataset was made by other networks than those of the teacher's, or stores no text features.
     """
+    if source.raw is not None:
+        raise UserError(f"data: {source.name} holds images, pairs need text features; give what `fmscale encode` makes")
     if is_online(source):
         raise UserError(
             f"data: {source.name} leaves captions to be encoded in training, pairs need their features; encode it "
@@ -110,7 +111,7 @@ def read_captions(config: ReflowConfig, source: Mixture) -> Iterator[Caption]:
         plan = order.batch(number)
         bucket, address = source.buckets[plan.bucket], source.addresses(plan)[0]
         try:
-            sample = read_sample(source.storage(address), source.location(address))
+            sample = source.sample(address)
         except DamageError as error:
             log.warning("skipped %s: %s", source.key(address), error)
             continue

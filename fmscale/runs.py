@@ -38,6 +38,7 @@ FREE_KEYS = {
     "run_dir",
     "micro_batch",
     "data.path",
+    "data.vae",
     "data.workers",
     "data.max_bad_fraction",
     "ema.snapshot_every_steps",

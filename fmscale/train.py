@@ -26,7 +26,7 @@ from fmscale.data.loader import build_loader
 from fmscale.data.order import Split, split
 from fmscale.dataset import Dataset
 from fmscale.distributed import World, barrier, everywhere, same_everywhere, world_from_environment
-from fmscale.draws import Draws, draw_latents, draw_noise, draw_step, drop_text
+from fmscale.draws import Draws, draw_noise, draw_step, draw_view, drop_text
 from fmscale.encoders.text import assemble
 from fmscale.engine import checkpoint as checkpoints
 from fmscale.engine.metrics import append, keep_before
@@ -268,7 +268,7 @@ def batches_of(job: Job, start: int) -> Iterator[Batch]:
         start_step=start,
         stop_step=config.steps,
         noise=functools.partial(draw_noise, config.flow.coupling, config.seed),
-        view=functools.partial(draw_latents, config.seed),
+        view=functools.partial(draw_view, config.seed, mixture.raw),
         captions=job.dataset.online is not None,
         workers=config.data.workers,
         pin_memory=job.world.device.type == "cuda",
@@ -366,7 +366,7 @@ def losses_of(job: Job, batch: Batch, draws: Draws) -> Tensor:
     features = job.dataset.text_of(batch.tensors, batch.captions)
     text = drop_text(features, job.dataset.encoders, dropped, job.dataset.null)
     given = assemble(text, context_dim=job.config.model.context_dim, t5_length=job.dataset.t5_length)
-    noisy_latents, velocity = interpolate(batch.tensors["latents"].float(), batch.noise, t)
+    noisy_latents, velocity = interpolate(job.dataset.latents_of(batch.tensors), batch.noise, t)
     predicted = job.engine(noisy_latents, t, given.context, given.pooled, given.repeats)
     return velocity_mse(predicted, velocity)
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from fmscale.data import reasons
 from fmscale.data.reasons import ImageError
 
 Pixels = NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # decoders that start no other program
+HEADED = frozenset({"JPEG", "MPO", "WEBP"})  # whose head tells how they are turned, and whose reader leaves that to us
+SIDEWAYS = frozenset({5, 6, 7, 8})  # orientations of EXIF that exchange height and width
 FLAT = 12  # levels of 255 by which a bar of one colour varies after a JPEG
 MIN_PADDED_PX = 64  # in smaller pictures a flat border says nothing
 
@@ -69,12 +73,36 @@ def load_image(data: bytes, max_pixels: int) -> Picture:
     Raises:
         ImageError: it is no picture of a known format, is too large, or is broken.
     """
+    with _opened(data, max_pixels) as image:
+        image.load()
+        return _to_srgb(ImageOps.exif_transpose(image), image.info.get("icc_profile"))
+
+
+def measure(data: bytes, max_pixels: int) -> tuple[int, int]:
+    """Height and width of the picture that `load_image` gives; the commonest formats are not decoded for that.
+
+    Args:
+        data, max_pixels: as for `load_image`.
+
+    Raises:
+        ImageError: as for `load_image`, as far as was read.
+    """
+    with _opened(data, max_pixels) as image:
+        if image.format in HEADED:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+            return (image.width, image.height) if turned else (image.height, image.width)
+    whole = load_image(data, max_pixels).image
+    return whole.height, whole.width
+
+
+@contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """A picture of which only the head was read; what goes wrong with it in the block becomes an ImageError."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise ImageError(reasons.TOO_MANY_PIXELS, f"{image.width} x {image.height}, the limit is {max_pixels}")
-            image.load()
-            return _to_srgb(ImageOps.exif_transpose(image), image.info.get("icc_profile"))
+            yield image
     except ImageError:
         raise
     except Image.DecompressionBombError as error:

@@ -213,8 +213,8 @@ def check_manifest(manifest: Any) -> dict[str, Any]:
             raise ValueError(f"tensor {name!r} makes no sense")
     if any(len(shape) != 1 for name, (_, shape) in manifest["layout"].items() if is_spatial(name)):
         raise ValueError("its latents have no channels")
-    if "latents" not in manifest["layout"]:
-        raise ValueError("it has no latents")
+    if not {"latents", "pixels"} & manifest["layout"].keys():
+        raise ValueError("it has neither latents nor pixels")
     return manifest
 
 

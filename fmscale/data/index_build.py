@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -42,7 +43,9 @@ from fmscale.errors import UserError
 from fmscale.files import sha256, sync
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
+    """A sample as a shard has it: key, place (see `Location`), and size in latent pixels."""
+
     key: str
     offset: int
     length: int
@@ -61,13 +64,32 @@ class _Scan(NamedTuple):
     keys: bytes
 
 
-def build_index(path: str | Path, made_by: dict[str, Any] | None, progress: Progress | None = None) -> Index:
+Scanner = Callable[[Path], tuple[list[Row], Layout | None]]
+
+
+def scan_latents(path: Path) -> tuple[list[Row], Layout | None]:
+    """The samples of a shard of latents, in the order of their bytes, and what each stores; None where it holds none.
+
+    Raises:
+        DamageError, OSError: it cannot be indexed.
+    """
+    with path.open("rb") as file:
+        return _scan_samples(file)
+
+
+def build_index(
+    path: str | Path,
+    made_by: dict[str, Any] | None,
+    progress: Progress | None = None,
+    scan: Scanner = scan_latents,
+) -> Index:
     """Read every byte of a folder of tars and write its index; an old index is replaced once the new one is whole.
 
     Args:
         path: the dataset's folder; its tars are those directly in it.
         made_by: anything JSON can hold about how the shards came to be; the index keeps it.
         progress: told (bytes done, bytes in all) after each shard.
+        scan: finds the samples of a tar; called by several threads at a time.
 
     Returns:
         The index, open.
@@ -82,7 +104,7 @@ def build_index(path: str | Path, made_by: dict[str, Any] | None, progress: Prog
     tars = find_tars(path)
     if not tars:
         raise UserError(f"{path} holds no *.tar: give the folder that holds the dataset's tars")
-    scans = _scan_all(tars, progress)
+    scans = _scan_all(tars, scan, progress)
     return _replace_index(path, scans, _common_layout(path, scans), made_by)
 
 
@@ -96,7 +118,7 @@ def index_shard(tar: Path) -> Path:
         UserError: the shard cannot be indexed.
         OSError: the file cannot be written.
     """
-    scan = _scan_shard(tar)
+    scan = _scan_shard(scan_latents, tar)
     about = json.dumps({"shard": scan.shard, "layout": scan.layout}).encode()
     bytes_ = {"about": np.frombuffer(about, "u1"), "keys": np.frombuffer(scan.keys, "u1")}
     file = tar.with_name(f"{tar.name}.npz")
@@ -162,7 +184,7 @@ def _sound_part(index: Index, check: ShardCheck) -> _Scan:
         if number not in check.bad:
             place, bucket = index.location(number), index.buckets[bisect_right(starts, number) - 1]
             within = (place.offset, place.length, place.tensors_start, place.tensors_length)
-            rows.append(_Row(index.key(number), *within, bucket.height, bucket.width))
+            rows.append(Row(index.key(number), *within, bucket.height, bucket.width))
             crcs.append(place.crc32)
     return _scan(check.now, index.layout, rows, crcs)
 
@@ -180,39 +202,39 @@ def _replace_index(path: Path, scans: Sequence[_Scan], layout: Layout, made_by: 
     return Index.open(path)
 
 
-def _scan_all(tars: Sequence[Path], progress: Progress | None) -> list[_Scan]:
+def _scan_all(tars: Sequence[Path], scan: Scanner, progress: Progress | None) -> list[_Scan]:
     total_bytes, done_bytes = sum(tar.stat().st_size for tar in tars), 0
     scans = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # the checksums run outside Python's lock
-        for scan in pool.map(_scan_shard, tars):
-            scans.append(scan)
-            done_bytes += scan.shard.size
+        for scanned in pool.map(partial(_scan_shard, scan), tars):
+            scans.append(scanned)
+            done_bytes += scanned.shard.size
             if progress:
                 progress(done_bytes, total_bytes)
     return scans
 
 
-def _scan_shard(path: Path) -> _Scan:
+def _scan_shard(scan: Scanner, path: Path) -> _Scan:
     try:
+        rows, layout = scan(path)
         with path.open("rb") as file:
-            rows, layout = _scan_samples(file)
             crcs, sha256 = checksums(file, [(row.offset, row.length) for row in rows])
     except (DamageError, OSError) as error:
         raise UserError(f"{path} cannot be indexed: {error}") from error
     return _scan(Shard(path.name, path.stat().st_size, sha256, len(rows)), layout, rows, crcs)
 
 
-def _scan(shard: Shard, layout: Layout | None, rows: Sequence[_Row], crcs: Sequence[int]) -> _Scan:
+def _scan(shard: Shard, layout: Layout | None, rows: Sequence[Row], crcs: Sequence[int]) -> _Scan:
     keys = [row.key.encode() for row in rows]
     columns = {
-        name: np.array([getattr(row, name) for row in rows], dtype="i8") for name in _Row._fields if name != "key"
+        name: np.array([getattr(row, name) for row in rows], dtype="i8") for name in Row._fields if name != "key"
     }
     columns |= {"crc32": np.array(crcs, dtype="u4"), "key_bytes": np.array([len(key) for key in keys], dtype="i8")}
     return _Scan(shard, layout, columns, b"".join(keys))
 
 
-def _scan_samples(file: BinaryIO) -> tuple[list[_Row], Layout | None]:
-    rows: list[_Row] = []
+def _scan_samples(file: BinaryIO) -> tuple[list[Row], Layout | None]:
+    rows: list[Row] = []
     seen: set[str] = set()
     common: Layout | None = None
     for key, run in groupby(walk(file), key=lambda member: member.key):
@@ -234,7 +256,7 @@ def _scan_samples(file: BinaryIO) -> tuple[list[_Row], Layout | None]:
         if layout != common:
             raise DamageError(_layout_differs(key, layout, common))
         offset = members[0].offset
-        rows.append(_Row(key, offset, members[-1].end - offset, stored.start - offset, stored.size, height, width))
+        rows.append(Row(key, offset, members[-1].end - offset, stored.start - offset, stored.size, height, width))
     return rows, common
 
 
@@ -252,7 +274,10 @@ def _tensor_member(key: str, members: Sequence[Member]) -> Member:
         if member.extension in PICKLES:
             raise DamageError(f"{member.name!r} is a pickle, which is never read: store tensors as safetensors")
     if "safetensors" not in by_extension:
-        raise DamageError(f"sample {key!r} has no .safetensors member; its latents are found there alone")
+        raise DamageError(
+            f"sample {key!r} has no .safetensors member, where latents are; tars of images are indexed by "
+            "`fmscale index DATASET --images ENCODE.yaml`"
+        )
     return by_extension["safetensors"]
 
 
@@ -290,7 +315,7 @@ def _common_layout(path: Path, scans: Sequence[_Scan]) -> Layout:
             key = scan.keys[: scan.columns["key_bytes"][0]].decode()
             raise UserError(f"{path / scan.shard.name} cannot be indexed: {_layout_differs(key, scan.layout, common)}")
     if common is None:
-        raise UserError(f"the tars in {path} hold no samples: give a folder of latent shards")
+        raise UserError(f"the tars in {path} hold no samples that training could use: give another folder")
     return common
 
 

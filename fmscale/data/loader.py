@@ -1,7 +1,7 @@
 """The road from step numbers to batches.
 
     1 work_items    step, micro-batch -> the samples of this rank       (order, split: pure functions of the step)
-    2 make_batches  byte ranges       -> tensors, or why not; noise     (reader)
+    2 make_batches  byte ranges       -> tensors, or why not; noise     (reader; raw, for images)
 
 A `webdataset.DataPipeline` in a `WebLoader`: worker i of W makes micro-batches i, i + W, …, and the loader takes
 turns among the workers, so their number changes nothing but speed.
@@ -25,12 +25,12 @@ from torch import Tensor
 from fmscale.batch import BadSample, Batch
 from fmscale.data.mixture import Address, MixedBucket, Mixture
 from fmscale.data.order import Order, Split
-from fmscale.data.reader import RowReader, read_sample
-from fmscale.data.storage import Location, Storage
+from fmscale.data.reader import RowReader
 from fmscale.data.tar import DamageError
 from fmscale.errors import OutageError, UserError
 
-Noise = Callable[[tuple[int, ...], int, int, Callable[[], dict[str, Any]]], Tensor]
+ReadMeta = Callable[[], dict[str, Any]]
+Noise = Callable[[tuple[int, ...], int, int, ReadMeta], Tensor]
 View = Callable[[dict[str, Tensor], int, Sequence[int]], dict[str, Tensor]]
 
 
@@ -74,8 +74,8 @@ def build_loader(
         stop_step: the step after the last.
         noise: (latents' shape, step, slot, reader of the sample's json) -> standard normal noise of that shape,
             float32, on the CPU.
-        view: (stored tensors of a micro-batch, step, its slots) -> the tensors that this step sees, (B, ...) each;
-            what it makes of a slot of weight 0 is of no account.
+        view: (tensors of a micro-batch as they were read, step, its slots) -> the tensors that this step sees, (B, ...)
+            each; what it makes of a slot of weight 0 is of no account.
         captions: give the captions too; each costs a second look at its sample.
         workers: processes that read ahead; 0 reads in this one.
         pin_memory: put batches in page-locked memory.
@@ -145,21 +145,20 @@ def make_batches(
 def _make_batch(item: WorkItem, mixture: Mixture, noise: Noise, view: View, captions: bool, reader: RowReader) -> Batch:
     count = len(item.samples)
     tensors = mixture.empty(item.bucket, count)
-    shape = tuple(tensors["latents"].shape[1:])
+    shape = (mixture.channels, item.bucket.height, item.bucket.width)
     drawn, weight = torch.empty(count, *shape), torch.zeros(count)
     keys, words, bad = [""] * count, [""] * count, []
     for row, (slot, address) in enumerate(zip(item.slots.tolist(), item.samples, strict=True)):
         if address is not None:
-            keys[row], storage, location = mixture.key(address), mixture.storage(address), mixture.location(address)
+            keys[row] = mixture.key(address)
             try:
-                reader.read(storage, location, tensors, row)
-                read_meta = partial(_read_meta, storage, location)
+                read_meta = _fill(mixture, reader, address, tensors, row)
                 drawn[row] = noise(shape, item.step, slot, read_meta)
                 if captions:
                     words[row] = str(read_meta().get("caption", ""))
                 weight[row] = 1
             except DamageError as damage:
-                bad.append(BadSample(keys[row], location.shard, str(damage)))
+                bad.append(BadSample(keys[row], mixture.location(address).shard, str(damage)))
     tensors = view(tensors, item.step, item.slots.tolist())
     for row in (weight == 0).nonzero().flatten().tolist():
         for tensor in (drawn, *tensors.values()):
@@ -169,5 +168,14 @@ def _make_batch(item: WorkItem, mixture: Mixture, noise: Noise, view: View, capt
     return Batch(item.step, size, slots, weight, tensors, drawn, *named)
 
 
-def _read_meta(storage: Storage, location: Location) -> dict[str, Any]:
-    return read_sample(storage, location).read_meta()
+def _fill(mixture: Mixture, reader: RowReader, address: Address, tensors: dict[str, Tensor], row: int) -> ReadMeta:
+    """Read a sample into its row of a batch; returns what reads its json."""
+    if mixture.raw is None:
+        reader.read(mixture.storage(address), mixture.location(address), tensors, row)
+        return lambda: mixture.sample(address).read_meta()
+    sample = mixture.sample(address)
+    for name, value in sample.tensors.items():
+        if value.shape != tensors[name][row].shape:
+            raise DamageError(f"{name} are of shape {tuple(value.shape)}, not of the bucket that the index says")
+        tensors[name][row] = value
+    return sample.read_meta

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fmscale.data.index import Index, Layout
+from fmscale.data.index import BROKEN, Index, Layout
 from fmscale.data.order import Generation, Order, StepPlan
+from fmscale.data.raw import PIXELS, RawImages, RawSample
+from fmscale.data.reader import Sample, read_sample
 from fmscale.data.storage import Location, Storage
 from fmscale.errors import UserError
 
@@ -71,7 +73,7 @@ def first_difference(old: Sequence[Mapping[str, str]], new: Sequence[Mapping[str
             if name not in now:
                 return f"{name} is gone"
             if before[name] != now[name]:
-                return f"{name} has other content, or other samples of it are in the index"
+                return f"{name} has other content, or is indexed otherwise"
         added += sorted(now.keys() - before.keys())
     return f"{added[0]} is new" if added else "the same shards in another order"
 
@@ -86,9 +88,10 @@ class Mixture:
     Attributes:
         buckets: of all datasets, by height, then width.
         layout: dtype and shape of each stored tensor (of latents, the channels alone).
+        raw: how samples are made, where they are images; None where latents are stored.
 
     Raises:
-        UserError: two of them store different tensors.
+        UserError: two of them store different tensors, or make samples of images in different ways.
     """
 
     def __init__(self, datasets: Sequence[Index], weights: Sequence[float] | None = None):
@@ -102,6 +105,7 @@ class Mixture:
                         f"data.mixture: {datasets[0].place} stores {name} as {self.layout.get(name)}, "
                         f"{other.place} as {other.layout.get(name)}; encode both with one config"
                     )
+        self.raw = _raw_images(datasets) if PIXELS in self.layout else None
         self.buckets = tuple(self._mixed_buckets())
 
     def _mixed_buckets(self) -> list[MixedBucket]:
@@ -125,9 +129,16 @@ class Mixture:
         return " + ".join(dataset.place for dataset in self.datasets)
 
     @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return self.layout["latents"][1][0] if self.raw is None else self.raw.vae["channels"]
+
+    @property
     def fingerprint(self) -> str:
-        """Digest of all that is stored in them."""
+        """Digest of all that is stored in them, and of how samples are made of it."""
         prints = [dataset.fingerprint for dataset in self.datasets]
+        if self.raw is not None:
+            prints.append(self.raw.digest)
         return prints[0] if len(prints) == 1 else hashlib.sha256("\n".join(prints).encode()).hexdigest()
 
     @property
@@ -136,9 +147,11 @@ class Mixture:
         return self.datasets[0].made_by or {}
 
     def shards(self) -> list[dict[str, str]]:
-        """Per dataset, by the shard's name, its digest and how many of its samples are in the index."""
+        """Per dataset, by the shard's name, its digest, how many of its samples are in the index, how they are made."""
+        made = f" {self.raw.digest}" if self.raw is not None else ""
         return [
-            {shard.name: f"{shard.sha256} {shard.samples}" for shard in dataset.shards} for dataset in self.datasets
+            {shard.name: f"{shard.sha256} {shard.samples}{made}" for shard in dataset.shards}
+            for dataset in self.datasets
         ]
 
     def generation(self, step: int = 0) -> Generation:
@@ -199,4 +212,33 @@ class Mixture:
 
     def empty(self, bucket: MixedBucket, count: int) -> dict[str, Tensor]:
         """Memory for the tensors of so many samples of this bucket, each (count, ...), with any content."""
-        return self.datasets[0].empty(bucket.height, bucket.width, count)
+        source = self.datasets[0] if self.raw is None else self.raw
+        return source.empty(bucket.height, bucket.width, count)
+
+    def sample(self, address: Address) -> Sample | RawSample:
+        """Read one sample, whatever the others are.
+
+        Raises:
+            DamageError: as for `read_sample`, or `RawImages.read`.
+        """
+        place = self.storage(address), self.location(address)
+        return read_sample(*place) if self.raw is None else self.raw.read(*place, self.key(address))
+
+
+def _raw_images(datasets: Sequence[Index]) -> RawImages:
+    """How samples are made of the images of all of them."""
+    found = []
+    for dataset in datasets:
+        try:
+            found.append(RawImages.of(dataset.made_by or {}))
+        except BROKEN as error:
+            raise UserError(
+                f"{dataset.place}: its index does not say how images are prepared ({error}): run `fmscale index "
+                f"{dataset.place} --images ENCODE.yaml`"
+            ) from error
+        if found[-1] != found[0]:
+            raise UserError(
+                f"data.mixture: {datasets[0].place} and {dataset.place} prepare images in different ways; index both "
+                "with one encode config"
+            )
+    return found[0]

@@ -14,7 +14,7 @@ from fmscale.batch import BadSample
 from fmscale.data import reasons
 from fmscale.data.buckets import assign
 from fmscale.data.captions import look_up
-from fmscale.data.images import Pixels, fit, load_image, looks_padded, was_squared
+from fmscale.data.images import Pixels, fit, load_image, looks_padded, measure, was_squared
 from fmscale.data.reasons import ImageError
 from fmscale.data.sources import SourceImage
 
@@ -42,8 +42,12 @@ class Prepared:
 
 def as_floats(images: Sequence[Prepared], device: torch.device | str = "cpu") -> Tensor:
     """Pixels of images of one shape as the VAE takes them: shape (B, 3, H, W), float32 in [-1, 1]."""
-    pixels = torch.from_numpy(np.stack([image.pixels for image in images]))
-    return pixels.to(device).float() / 127.5 - 1
+    return to_floats(torch.from_numpy(np.stack([image.pixels for image in images])).to(device))
+
+
+def to_floats(pixels: Tensor) -> Tensor:
+    """Pixels from 0 to 255 as numbers in [-1, 1], float32."""
+    return pixels.float() / 127.5 - 1
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,7 @@ class Preparation:
         Raises:
             ImageError: it cannot be used, or is not wanted.
         """
-        if isinstance(source, BadSample):
-            raise ImageError(source.reason, source.detail)
-        self.filters.check_scores(source.meta)
+        source = self._wanted(source)
         picture = load_image(source.data, self.max_pixels)
         self.filters.check_size(picture.image.height, picture.image.width)
         about = {
@@ -126,6 +128,26 @@ class Preparation:
             meta = about | {"crop_px": list(crop), "size_px": list(bucket)}
             prepared.append(Prepared(source.key + ending, pixels, source.caption, meta, padded))
         return prepared
+
+    def buckets(self, source: SourceImage | BadSample) -> list[Size]:
+        """The buckets of what `prepare` makes of an image; pixels are decoded only where its head does not tell.
+
+        Args:
+            source: as for `prepare`.
+
+        Raises:
+            ImageError: as for `prepare`, except for damage that only decoding shows.
+        """
+        height, width = measure(self._wanted(source).data, self.max_pixels)
+        self.filters.check_size(height, width)
+        return [bucket for _, bucket in self._buckets(height, width)]
+
+    def _wanted(self, source: SourceImage | BadSample) -> SourceImage:
+        """An image that can be had, and whose json does not say that it is not wanted."""
+        if isinstance(source, BadSample):
+            raise ImageError(source.reason, source.detail)
+        self.filters.check_scores(source.meta)
+        return source
 
     def _buckets(self, height: int, width: int) -> list[tuple[str, Size]]:
         """Endings and buckets of the resolutions that an image is large enough for."""

@@ -55,12 +55,25 @@ def read_sample(storage: Storage, location: Location, max_bytes: int = MAX_MEMBE
     Raises:
         DamageError: the sample cannot be read, differs from the index, is too large, or a number in it is not finite.
     """
-    _check_size(location, max_bytes)
-    data = memoryview(bytearray(location.length))
-    _read(storage, location, [data])
+    data = read_bytes(storage, location, max_bytes)
     tensors = views(_tensor_file(location, data))
     _check_finite(tensors)
     return Sample(widen(tensors), data)
+
+
+def read_bytes(storage: Storage, location: Location, max_bytes: int = MAX_MEMBER_BYTES) -> memoryview:
+    """The bytes of one sample, its members in the tar, checked.
+
+    Args:
+        storage, location, max_bytes: as for `read_sample`.
+
+    Raises:
+        DamageError: they cannot be read, differ from the index, or are too many.
+    """
+    _check_size(location, max_bytes)
+    data = memoryview(bytearray(location.length))
+    _read(storage, location, [data])
+    return data
 
 
 class Head(NamedTuple):

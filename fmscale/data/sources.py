@@ -255,47 +255,75 @@ class TarUnit:
 
     def read(self) -> Iterator[SourceImage | BadSample]:
         """See `Unit`."""
+        return (image for image, _ in self.read_places())
+
+    def read_places(self) -> Iterator[tuple[SourceImage | BadSample, tuple[int, int]]]:
+        """What `read` gives, each with the offset in the tar and the length of its members, headers included."""
         try:
             with self.storage.open(self.file) as file:
                 yield from self._samples(file)
         except FileNotFoundError:
-            yield BadSample("", self.file, reasons.UNREADABLE, "there is no such tar")
+            yield BadSample("", self.file, reasons.UNREADABLE, "there is no such tar"), (0, 0)
         except (DamageError, OSError) as error:
-            yield BadSample("", self.file, reasons.DAMAGED_TAR, f"{error}; the rest of this tar is not read")
+            detail = f"{error}; the rest of this tar is not read"
+            yield BadSample("", self.file, reasons.DAMAGED_TAR, detail), (0, 0)
 
-    def _samples(self, file: BinaryIO) -> Iterator[SourceImage | BadSample]:
+    def _samples(self, file: BinaryIO) -> Iterator[tuple[SourceImage | BadSample, tuple[int, int]]]:
         seen: set[str] = set()
-        for name, run in groupby(self._contents(file), key=lambda content: content[0].key):
+        for name, run in groupby(read_members(file, self.captions), key=lambda content: content[0].key):
             key = safe_key(f"{self.file.removesuffix('.tar')}/{name}")
             members = list(run)
+            begin = members[0][0].offset
+            image: SourceImage | BadSample
             try:
                 if name in seen:
                     raise ImageError(reasons.SAME_KEY, "or its members do not lie side by side in the tar")
                 seen.add(name)
-                yield self._sample(members, key, f"{self.file}/{name}")
+                image = join_members(members, key, f"{self.file}/{name}", self.captions)
             except ImageError as error:
-                yield BadSample(key, self.file, error.reason, error.detail)
+                image = BadSample(key, self.file, error.reason, error.detail)
+            yield image, (begin, members[-1][0].end - begin)
 
-    def _contents(self, file: BinaryIO) -> Iterator[tuple[Member, bytes]]:
-        """Members with the bytes of those that are of use: from a network, a tar is read once, from start to end."""
-        wanted = {*SUFFIXES, "json", *self.captions.extensions}
-        for member in walk(file):
-            content = b""
-            if member.extension in wanted and member.size <= MAX_MEMBER_BYTES:
-                file.seek(member.start)
-                content = file.read(member.size)
-            yield member, content
 
-    def _sample(self, members: Sequence[tuple[Member, bytes]], key: str, source: str) -> SourceImage:
-        for member, _ in members:
-            if member.size > MAX_MEMBER_BYTES:
-                raise ImageError(reasons.TOO_MANY_BYTES, f"{member.name!r} has {member.size}")
-        images = [(member, content) for member, content in members if member.extension in SUFFIXES]
-        if len(images) != 1:
-            names = ", ".join(repr(member.name) for member, _ in images) or "none"
-            raise ImageError(reasons.NO_IMAGE, f"{names} (a key ends at the first dot of a name)")
-        texts = {member.extension: content for member, content in members if member.extension not in SUFFIXES}
-        return make_image(key, images[0][1], texts, source, self.captions)
+def read_members(file: BinaryIO, captions: Captions, whole: bool = True) -> Iterator[tuple[Member, bytes]]:
+    """Members of a tar with the bytes of those that are of use.
+
+    Args:
+        file: from a network, it is read once, from start to end.
+        captions: which are taken.
+        whole: as for `walk`.
+
+    Raises:
+        DamageError: as for `walk`.
+    """
+    wanted = {*SUFFIXES, "json", *captions.extensions}
+    for member in walk(file, whole):
+        content = b""
+        if member.extension in wanted and member.size <= MAX_MEMBER_BYTES:
+            file.seek(member.start)
+            content = file.read(member.size)
+        yield member, content
+
+
+def join_members(members: Sequence[tuple[Member, bytes]], key: str, source: str, captions: Captions) -> SourceImage:
+    """The image of one key's members.
+
+    Args:
+        members: of a tar, with their bytes.
+        key, source, captions: as for `make_image`.
+
+    Raises:
+        ImageError: not one image, too large a member, or as for `make_image`.
+    """
+    for member, _ in members:
+        if member.size > MAX_MEMBER_BYTES:
+            raise ImageError(reasons.TOO_MANY_BYTES, f"{member.name!r} has {member.size}")
+    images = [(member, content) for member, content in members if member.extension in SUFFIXES]
+    if len(images) != 1:
+        names = ", ".join(repr(member.name) for member, _ in images) or "none"
+        raise ImageError(reasons.NO_IMAGE, f"{names} (a key ends at the first dot of a name)")
+    texts = {member.extension: content for member, content in members if member.extension not in SUFFIXES}
+    return make_image(key, images[0][1], texts, source, captions)
 
 
 def make_image(key: str, data: bytes, texts: Mapping[str, bytes], source: str, captions: Captions) -> SourceImage:

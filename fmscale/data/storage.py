@@ -17,7 +17,7 @@ class Location(NamedTuple):
     Attributes:
         shard: name of a tar in the dataset's storage.
         offset, length: of its members in the tar, headers included.
-        tensors_start, tensors_length: of its safetensors file within those bytes.
+        tensors_start, tensors_length: of its safetensors file within those bytes; 0 where it is an image.
         crc32: zlib's, over all of those bytes.
     """
 

@@ -168,22 +168,34 @@ def _tile(vae: Vae, tile_px: int) -> None:
     vae.model.tile_sample_min_size, vae.model.tile_latent_min_size = tile_px, tile_px // vae.factor
 
 
-def reopen_vae(folder: Path, made: Mapping[str, Any], device: torch.device | str = "cpu") -> Vae:
+def reopen_vae(
+    folder: Path,
+    made: Mapping[str, Any],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    encodes: bool = False,
+    **compute: Any,
+) -> Vae:
     """The VAE that made a dataset.
 
     Args:
         folder: where it is now.
         made: its `identity` when the dataset was made.
-        device: where it computes.
+        device, dtype: where and in which it computes.
+        encodes: it is to go on making the dataset, so that another decoder too makes it another VAE.
+        compute: further arguments of `load_vae`.
 
     Raises:
         UserError: it is another one.
     """
-    vae = load_vae(folder, device)
+    vae = load_vae(folder, device, dtype, **compute)
     given = vae.identity()
     if wrong := [key for key in ("channels", "factor", "scale", "shift") if given[key] != made[key]]:
         facts = ", ".join(f"{key} {given[key]} instead of {made[key]}" for key in wrong)
         raise UserError(f"{folder}: not the VAE that made the dataset: {facts}")
+    if given["sha256"] != made["sha256"] and encodes:
+        raise UserError(f"{folder}: the weights are not those of the dataset's VAE; give its folder")
     if given["sha256"] != made["sha256"]:
         log.warning("the VAE's weights are not those that made the dataset: right for a finetuned decoder, else wrong")
     return vae

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from fmscale.data.captions import Captions
 from fmscale.data.index import Index
 from fmscale.data.index_build import build_index
 from fmscale.data.loader import build_loader
 from fmscale.data.mixture import Mixture
 from fmscale.data.order import split
+from fmscale.data.prepare import Preparation
+from fmscale.data.raw import RawImages
 from fmscale.data.shards import ShardWriter
-from fmscale.draws import draw_latents
+from fmscale.draws import POSTERIOR_NOISE, draw_latents, draw_pixels, draw_view
 from fmscale.errors import UserError
 from fmscale.flow.coupling import independent
 
@@ -50,6 +54,24 @@ def test_samples_have_the_posterior_s_mean_and_variance() -> None:
         side = seen["latents"][seen["latents"].mean(dim=(1, 2, 3)).sign() == sign]
         assert side.mean().item() == pytest.approx(5 * sign, abs=0.01)
         assert side.std().item() == pytest.approx(std, rel=0.02)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_images_are_drawn_as_latents_are(flip: bool) -> None:
+    """The noise of the posterior's sample is that of stored latents, and so is the mirror image."""
+    count, slots = 50, range(50)
+    kept = {"latents": 0.0, "latents_log_variance": 0.0}
+    mirrored = {"latents_flipped": 100.0, "latents_flipped_log_variance": 0.0} if flip else {}
+    expected = draw_latents(7, stored(count, **kept, **mirrored), 3, slots)["latents"]
+    raw = RawImages(Preparation({"": [(32, 48)]}, 1, 1), Captions(), {"channels": 2, "factor": 8}, "posterior", flip)
+    pixels = torch.zeros(count, 3, 32, 48, dtype=torch.uint8)
+    pixels[..., 0] = 100  # the left edge
+    seen = draw_view(7, raw, {"pixels": pixels}, 3, slots)
+    assert set(seen) == {"pixels", POSTERIOR_NOISE}
+    assert set(seen["pixels"][..., 0].flatten(1).float().mean(1).tolist()) == ({0.0, 100.0} if flip else {100.0})
+    assert torch.equal(seen[POSTERIOR_NOISE] + seen["pixels"][..., -1].float()[:, :1, :1, None], expected)
+    mean = draw_pixels(7, replace(raw, latents="mean"), {"pixels": pixels}, 3, slots)
+    assert set(mean) == {"pixels"}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fmscale.data import reasons
-from fmscale.data.images import fit, load_image, looks_padded, was_squared
+from fmscale.data.images import fit, load_image, looks_padded, measure, was_squared
 from fmscale.data.reasons import ImageError
 
 MAX_PIXELS = 10_000
@@ -43,6 +43,29 @@ def test_load_turns_pictures_upright() -> None:
     image = load_image(encode(pixels, "JPEG", exif=exif, quality=100), MAX_PIXELS).image
     assert image.size == (8, 16)
     assert np.asarray(image)[:6].min() > 240
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"])
+@pytest.mark.parametrize("orientation", [None, 1, 2, 3, 4, 5, 6, 7, 8])
+def test_the_measure_is_that_of_the_loaded_picture(form: str, orientation: int | None) -> None:
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    data = encode(np.zeros((8, 16, 3), dtype=np.uint8), form, exif=exif)
+    width, height = load_image(data, MAX_PIXELS).image.size
+    assert measure(data, MAX_PIXELS) == (height, width)
+    assert form in ("BMP", "GIF") or (height > width) == ((orientation or 1) >= 5)
+
+
+def test_heads_are_measured_where_pixels_are_cut() -> None:
+    data = encode(Image.open(io.BytesIO(NOISE)), "JPEG")[:-400]
+    assert measure(data, MAX_PIXELS) == (40, 40)
+    with pytest.raises(ImageError, match=reasons.TRUNCATED):
+        measure(NOISE[:-900], MAX_PIXELS)
+    with pytest.raises(ImageError, match=reasons.TOO_MANY_PIXELS):
+        measure(data, 1599)
+    with pytest.raises(ImageError, match=reasons.NOT_AN_IMAGE):
+        measure(b"", MAX_PIXELS)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
@@ -32,9 +32,7 @@ from fmscale.data.shards import ShardWriter
 from fmscale.data.sources import Unit
 from fmscale.data.transport import is_remote
 from fmscale.distributed import STOP_SIGNALS, world_from_environment
-from fmscale.encoders.vae import Vae
-from fmscale.errors import UserError
-from fmscale.features import Encoder, absolute, add_up, describe, summarize
+from fmscale.features import Encoder, absolute, add_up, check_buckets, describe, summarize
 from fmscale.log import get_logger, progress
 from fmscale.unfinished import FAILURES, Job, Outcome, check_same, is_finished, open_job, read_manifest, tally
 
@@ -95,7 +93,7 @@ def encode(config: EncodeConfig) -> Index:
     if not is_finished(config.out):
         with interruptible(), decoders(config, plan) as decode:
             encoder = Encoder(config)
-            _check_buckets(plan.preparation, encoder.vae)
+            check_buckets(plan.preparation, encoder.vae)
             take_part(config, plan, encoder, decode)
     index = Index.open(config.out)
     if world_from_environment().is_main:
@@ -122,14 +120,6 @@ def _settings(config: EncodeConfig) -> dict[str, Any]:
         settings["images"] = str(Path(config.images).absolute())
     sources = {key: absolute(value) if isinstance(value, dict) else value for key, value in settings["text"].items()}
     return settings | {"text": sources, "vae": absolute({"path": settings["vae"]})["path"]}
-
-
-def _check_buckets(preparation: Preparation, vae: Vae) -> None:
-    for height, width in chain.from_iterable(preparation.resolutions.values()):
-        if height % vae.factor or width % vae.factor:
-            raise UserError(
-                f"bucket {height}x{width} px: the VAE needs multiples of {vae.factor} px; see bucket_step_px"
-            )
 
 
 def _tell(out: Path, index: Index) -> None:

@@ -98,18 +98,12 @@ class Claims:
         return self._folder / f"{name}.claim"
 
     def _link(self, claim: Path) -> bool:
-        try:
-            os.link(self._own, claim)
-        except FileExistsError:  # NFS says so too where it made the link, and its first answer was lost
-            return claim.exists() and claim.samefile(self._own)
-        except OSError as error:
-            if error.errno in NO_LINKS:
-                raise UserError(
-                    f"{self._folder}: its file system makes no hard links ({error.strerror}), by which workers agree; "
-                    "choose another for `out`"
-                ) from error
-            raise
-        return True
+        if link(self._own, claim):
+            return True
+        try:  # NFS says that it exists also where it made the link, and its first answer was lost
+            return claim.samefile(self._own)
+        except FileNotFoundError:  # whose it was has let go of it since
+            return False
 
     def _is_dead(self, claim: Path) -> bool:
         try:
@@ -136,6 +130,26 @@ class Claims:
                 return  # all is done, and the folder gone
             except OSError as error:
                 log.warning("%s cannot be touched (%s): others may take this worker for dead", self._own, error)
+
+
+def link(file: Path, name: Path) -> bool:
+    """Give a file another name, as one of many who try can do: whether it was this one.
+
+    Raises:
+        UserError: the file system has no hard links.
+    """
+    try:
+        os.link(file, name)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno in NO_LINKS:
+            raise UserError(
+                f"{name.parent}: its file system makes no hard links ({error.strerror}), by which workers agree; "
+                "choose another for `out`"
+            ) from error
+        raise
+    return True
 
 
 def machine() -> str:

@@ -28,7 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fmscale.claims import Claims
+from fmscale.claims import Claims, link
 from fmscale.data.index import UNFINISHED
 from fmscale.data.index_build import index_shard, join_index
 from fmscale.encoders.null import save_null
@@ -135,9 +135,7 @@ def _write_once(path: Path, text: str, worker: str) -> None:
     mine.write_text(text)
     sync(mine)
     try:
-        os.link(mine, path)
-    except FileExistsError:
-        pass
+        link(mine, path)
     finally:
         mine.unlink(missing_ok=True)
 

@@ -37,6 +37,17 @@ def test_a_claim_that_was_released_can_be_taken(tmp_path: Path) -> None:
         assert second.take("a")
 
 
+def test_a_claim_that_is_released_while_another_tries_is_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was there when the other asked for it, and is gone when that one looks whose it is."""
+    with Claims(tmp_path, LONG_S) as worker:
+        monkeypatch.setattr(claims, "link", lambda file, name: False)
+        assert not worker.take("a")
+        monkeypatch.undo()
+        assert worker.take("a")
+
+
 def test_a_silent_worker_loses_its_claim_and_does_not_release_what_became_anothers(tmp_path: Path) -> None:
     """It is another machine's, of whose processes nothing is known here."""
     with Claims(tmp_path, LONG_S) as slow, Claims(tmp_path, 60.0) as other:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +168,15 @@ def test_what_was_begun_otherwise_is_refused_by_name(tmp_path: Path, changes: di
         pytest.fail("it was let in")
     check_same(tmp_path, description())
     assert [path.name for path in (tmp_path / "unfinished" / "done").iterdir()] == ["a"]
+
+
+def test_a_file_system_without_hard_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    with pytest.raises(UserError, match="makes no hard links"), open_job(tmp_path, description(), LONG_S):
+        pytest.fail("it was let in")
 
 
 def test_another_folder_is_not_written_to(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
@@ -182,9 +182,11 @@ def take_part(config: EncodeConfig, plan: Plan, encoder: Encoder, decode: Proces
             ahead(_encoded(encoder, prepared, meter), BATCHES_AHEAD) as encoded,
             closing(job),  # first to end, so that neither thread waits for more work
         ):
-            for unit, steps in groupby(encoded, key=lambda step: step.unit):
+            for first in encoded:
+                unit, steps = first.unit, _to_the_end(first, encoded)
                 with job.attempt(unit) as folder:
                     job.commit(unit, folder, _write(folder, unit, steps, config.shard_samples, encoder))
+                deque(steps, maxlen=0)  # where another worker has taken the unit over
                 show(job.done)
             job.finish(encoder.null, made_by, _about)
     return meter
@@ -226,6 +228,14 @@ def _encoded(encoder: Encoder, steps: Iterable[Step], meter: Meter) -> Iterator[
         yield step._replace(images=[image for image, _ in pairs], tensors=[tensors for _, tensors in pairs])
 
 
+def _to_the_end(step: Step, later: Iterator[Step]) -> Iterator[Step]:
+    """The steps of a unit; to ask for one more would be to wait for another unit, which waits for this one."""
+    yield step
+    while step.outcome is None:
+        step = next(later)
+        yield step
+
+
 def _write(folder: Path, unit: str, steps: Iterable[Step], samples_per_shard: int, encoder: Encoder) -> Outcome:
     """Write the shards of a unit; returns what became of its images."""
     written = Outcome()
@@ -237,10 +247,9 @@ def _write(folder: Path, unit: str, steps: Iterable[Step], samples_per_shard: in
                     add_up(written.facts, encoder.facts(image.meta))
                 else:
                     _skip(written, image.key, reasons.NOT_FINITE)
-            if step.outcome:  # asking for more would wait for another unit, which waits for this one
+            if step.outcome:
                 written.failures[:0] = step.outcome.failures
                 add_up(written.facts, step.outcome.facts)
-                break
     return written
 
 

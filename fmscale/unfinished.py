@@ -193,11 +193,13 @@ class Job:
     def attempt(self, unit: str) -> Iterator[Path]:
         """A new folder to make a unit in; what was not committed when the block ends is removed."""
         writing = self._folder / "writing"
+        folder = writing / f"{unit}.{self._claims.worker}"
         for left in writing.iterdir():
             name, _, worker = left.name.partition(".")
             if name == unit and self._claims.is_gone(worker):
-                shutil.rmtree(left, ignore_errors=True)
-        folder = writing / f"{unit}.{self._claims.worker}"
+                with suppress(FileNotFoundError):  # it was not dead, and is committing this at this moment
+                    left.rename(folder)  # before its files go: whoever commits a folder commits all of it
+                shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:
             yield folder
@@ -205,6 +207,7 @@ class Job:
             if folder.exists():
                 raise
             log.warning("%s: another worker took this one for dead, and does it", unit)
+            self._claims.release(unit)  # that one may die, and leave it to this one
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

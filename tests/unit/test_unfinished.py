@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,39 @@ def test_who_was_taken_for_dead_goes_on_with_the_next_unit(tmp_path: Path) -> No
             assert not folder.exists()
             writer.write("a0", {"latents": torch.zeros(1, 2, 2)}, {})
         assert list((tmp_path / "unfinished" / "writing").iterdir()) == []
+
+
+def test_what_another_removes_can_no_longer_be_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that was taken for dead wakes while another removes its files, one after another."""
+    remove, woken = shutil.rmtree, []
+
+    def slowly(path: Path, ignore_errors: bool = False) -> None:
+        if not woken:
+            woken.append(path)
+            with pytest.raises(FileNotFoundError):
+                slow.commit("a", folder, Outcome())
+        remove(path, ignore_errors)
+
+    with open_job(tmp_path, description(), LONG_S) as slow, open_job(tmp_path, description(), LONG_S) as fast:
+        with slow.attempt("a") as folder:
+            (tmp_path / "unfinished" / "claims" / f"{folder.name.partition('.')[2]}.worker").unlink()
+            monkeypatch.setattr(shutil, "rmtree", slowly)
+            assert make(fast, "a")
+        assert woken
+        assert len(list((tmp_path / "unfinished" / "done" / "a").glob("*.tar"))) == 1
+
+
+def test_a_unit_comes_back_to_the_one_that_was_taken_for_dead(tmp_path: Path) -> None:
+    """The other had removed its files, and died."""
+    with open_job(tmp_path, description(units=["a"]), LONG_S) as slow:
+        units = slow.claimed()
+        with slow.attempt(next(units)) as folder, ShardWriter(folder) as writer:
+            shutil.rmtree(folder)
+            writer.write("a0", {"latents": torch.zeros(1, 2, 2)}, {})
+        patience = threading.Timer(3, slow.close)
+        patience.start()
+        assert next(units, None) == "a"
+        patience.cancel()
 
 
 def test_who_comes_when_all_is_done_by_others_has_nothing_to_complain_of(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from fmscale.data.transport import is_remote
 from fmscale.distributed import STOP_SIGNALS, world_from_environment
 from fmscale.features import Encoder, absolute, add_up, check_buckets, describe, summarize
 from fmscale.log import get_logger, progress
-from fmscale.unfinished import FAILURES, Job, Outcome, check_same, is_finished, open_job, read_manifest, tally
+from fmscale.unfinished import FAILURES, Job, Outcome, check_same, clear_up, is_finished, open_job, read_manifest, tally
 
 log = get_logger(__name__)
 BATCHES_AHEAD = 4  # that are decoded and not yet encoded, and that are encoded and not yet written
@@ -95,6 +95,7 @@ def encode(config: EncodeConfig) -> Index:
             encoder = Encoder(config)
             check_buckets(plan.preparation, encoder.vae)
             take_part(config, plan, encoder, decode)
+    clear_up(config.out)
     index = Index.open(config.out)
     if world_from_environment().is_main:
         _tell(config.out, index)

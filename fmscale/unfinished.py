@@ -122,11 +122,21 @@ def open_job(out: Path, description: Mapping[str, Any], timeout_s: float) -> Ite
             _write_once(folder / "job.json", json.dumps({"job": description}), claims.worker)
             check_same(out, description)
             yield Job(out, description, claims, timeout_s)
-    except (OSError, UserError):
+    except (OSError, UserError) as error:
         if not is_finished(out):  # others, who took this worker for dead, may have come to the end without it
+            if isinstance(error, OSError) and not folder.exists():
+                raise UserError(
+                    f"{folder} was removed: another worker found no image that could be used and says why, or somebody "
+                    "did it by hand"
+                ) from error
             raise
+    clear_up(out)
+
+
+def clear_up(out: Path) -> None:
+    """Remove what only the making of a dataset needs, if that is whole; a worker may have been killed at it before."""
     if is_finished(out):
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
 
 
 def _write_once(path: Path, text: str, worker: str) -> None:
@@ -265,10 +275,10 @@ class Job:
             UserError: no image could be used, or two have the same key.
         """
         while not is_finished(self._out):
-            if self._claims.take(FINISH):
-                self._finish(null(), made_by, about)
-            else:
+            if not self._claims.take(FINISH):
                 time.sleep(self._poll_s)
+            elif not is_finished(self._out):  # who had claimed it may have come to the end since we looked
+                self._finish(null(), made_by, about)
 
     def _finish(
         self,
@@ -298,6 +308,7 @@ class Job:
             raise UserError(f"images: not one could be encoded ({tally(reasons)})")
         save_null(self._out, null)
         index = join_index(self._out, sorted(scans, key=lambda scan: scan.name), made_by)
+        sync(failures)
         failures.replace(self._out / FAILURES)
         manifest = {
             "fingerprint": index.fingerprint,

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fmscale.errors import UserError
+from fmscale.files import sync
 
 NULL_FILE = "null.safetensors"
 
@@ -17,6 +18,7 @@ def save_null(folder: Path, features: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     save_file({name: value.contiguous() for name, value in features.items()}, folder / NULL_FILE)
+    sync(folder / NULL_FILE)
 
 
 def load_null(folder: Path, shapes: Mapping[str, Sequence[int]] | None) -> dict[str, Tensor]:

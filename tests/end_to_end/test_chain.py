@@ -166,6 +166,7 @@ def test_what_exists_is_not_overwritten(chain: Path) -> None:
 
 def test_a_dataset_that_is_finished_is_left_alone(chain: Path) -> None:
     files = {path: path.stat().st_mtime_ns for path in (chain / "latents").rglob("*")}
+    (chain / "latents" / "unfinished" / "done").mkdir(parents=True)  # by a worker that was killed as it cleared up
     assert len(encode(load(EncodeConfig, chain / "encode.yaml"))) == 24
     assert {path: path.stat().st_mtime_ns for path in (chain / "latents").rglob("*")} == files
 

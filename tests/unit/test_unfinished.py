@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from fmscale.data.index import Index
+from fmscale.data.index_build import build_index
 from fmscale.data.shards import ShardWriter
 from fmscale.errors import UserError
-from fmscale.unfinished import Job, Outcome, check_same, is_finished, open_job, read_manifest
+from fmscale.unfinished import Job, Outcome, check_same, clear_up, is_finished, open_job, read_manifest
 
 UNITS = ["a", "b", "c"]
 LONG_S = 60.0
@@ -181,9 +182,27 @@ def test_keys_that_come_twice_are_named(tmp_path: Path) -> None:
 
 
 def test_nothing_usable_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"not one could be encoded \(3 x broken\)"):
-        make_all(tmp_path / "out", samples=0)
+    def wait_for_another() -> None:
+        with open_job(tmp_path / "out", description(), LONG_S) as job:
+            with pytest.raises(UserError, match=r"not one could be encoded \(3 x broken\)"):
+                make_all(tmp_path / "out", samples=0)
+            job.finish(lambda: NULL, {})
+
+    with pytest.raises(UserError, match="unfinished was removed: another worker found no image that could be used"):
+        wait_for_another()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_worker_left_that_was_killed_at_the_very_end_is_cleared_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: None)
+    make_all(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="is not finished"):
+        build_index(tmp_path, None)
+    clear_up(tmp_path)
+    assert len(build_index(tmp_path, None)) == 6
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from fmscale.data.prepare import Preparation, Prepared, decode_image
 from fmscale.data.shards import ShardWriter
 from fmscale.data.sources import Unit
 from fmscale.data.transport import is_remote
+from fmscale.dataset import making
 from fmscale.distributed import STOP_SIGNALS, world_from_environment
 from fmscale.features import Encoder, absolute, add_up, check_buckets, describe, summarize
 from fmscale.log import get_logger, progress
@@ -172,9 +173,10 @@ def take_part(config: EncodeConfig, plan: Plan, encoder: Encoder, decode: Proces
         How fast it went.
     """
     made_by = encoder.identity()
+    same = plan.description | {"made_by": making(made_by)}  # a network may lie elsewhere on another machine
     meter = Meter(len(plan.units))
     with (
-        open_job(config.out, plan.description | {"made_by": made_by}, config.claim_timeout_s) as job,
+        open_job(config.out, same, config.claim_timeout_s) as job,
         meter.shown() as show,
     ):
         batches = _prepared(config, plan, job, decode)

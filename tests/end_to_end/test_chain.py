@@ -19,6 +19,7 @@ from fmscale.config import EncodeConfig, ReflowConfig, TrainConfig, check, load,
 from fmscale.data.index import Index
 from fmscale.data.index_build import build_index
 from fmscale.data.shards import ShardWriter
+from fmscale.dataset import making
 from fmscale.encode import encode
 from fmscale.encoders.text import expand
 from fmscale.engine.metrics import read_metrics
@@ -192,7 +193,7 @@ def test_the_manifest_tells_what_became_of_the_images(chain: Path) -> None:
     assert manifest["fingerprint"] == index.fingerprint
     assert manifest["buckets"] == {"8x8": 12, "8x16": 6, "16x8": 6}
     assert list(manifest["failures"].values()) == [1]
-    assert manifest["job"]["made_by"] == index.made_by
+    assert manifest["job"]["made_by"] == making(index.made_by)
     assert not (chain / "latents" / "unfinished").exists()
 
 

@@ -358,6 +358,9 @@ class EncodeConfig(Section):
 
     @model_validator(mode="after")
     def _sound_captions_and_resolutions(self) -> EncodeConfig:
+        for place in self.captions:
+            if not place.startswith("json.") and (place.startswith(".") or "/" in place):
+                raise ValueError(f"captions: {place} is no place: write an extension without its dot, or json.FIELD")
         if self.captions and not any(self.captions.values()):
             raise ValueError("captions: every weight is 0: give one of them more")
         if len(set(self.resolutions_px)) < len(self.resolutions_px):

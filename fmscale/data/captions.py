@@ -45,11 +45,11 @@ class Captions:
             The place of the caption that was drawn, and all captions by place, none of them empty.
 
         Raises:
-            ImageError: there is none, or one is no text.
+            ImageError: there is none that may be drawn, or one is no text.
         """
         found = {place: list(_texts(place, files, meta)) for place in self.weights or USUAL}
         found = {place: texts for place, texts in found.items() if texts}
-        if not found:
+        if not any(self.weights.get(place, 1.0) for place in found):
             raise ImageError(NO_CAPTION, f"looked for {', '.join(self.weights or USUAL)}")
         if not self.weights:
             found = dict(list(found.items())[:1])

@@ -45,7 +45,7 @@ def was_squared(meta: dict[str, Any]) -> bool:
     if not all(isinstance(size, int | float) for size in sizes):
         return False
     width, height, original_width, original_height = sizes
-    return width == height > 0 and abs(original_width - original_height) > 0.02 * original_height
+    return width == height > 0 and 50 * abs(original_width - original_height) > original_height
 
 
 def looks_padded(image: Image.Image) -> bool:

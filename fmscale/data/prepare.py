@@ -68,7 +68,7 @@ class Filters:
     def check_scores(self, meta: Mapping[str, Any]) -> None:
         """Raise ImageError if the json of an image says that it is not wanted."""
         for name, (least, largest) in self.scores.items():
-            value = look_up(meta, name)
+            value = _number(look_up(meta, name))
             if not isinstance(value, int | float) or value != value:
                 raise ImageError(f"no {name}", f"the json says {value!r}")
             if (least is not None and value < least) or (largest is not None and value > largest):
@@ -159,6 +159,14 @@ class Preparation:
             )
             raise ImageError(reasons.TOO_SMALL, detail)
         return [place for place, upscale in zip(nearest, upscales, strict=True) if upscale <= self.max_upscale]
+
+
+def _number(value: Any) -> Any:
+    """What a text says if it is a number, which is how a CSV file has them; any other value as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def decode_image(source: SourceImage | BadSample, preparation: Preparation) -> list[Prepared] | dict[str, str]:

@@ -185,12 +185,18 @@ class FolderUnit:
         path = self.folder / file
         beside = {end: path.with_suffix(f".{end}") for end in sorted({"json", *self.captions.extensions})}
         try:
-            texts = {end: other.read_bytes() for end, other in beside.items() if other.is_file()}
-            return make_image(key, path.read_bytes(), texts, file, self.captions)
+            texts = {end: _content(other) for end, other in beside.items() if other.is_file()}
+            return make_image(key, _content(path), texts, file, self.captions)
         except ImageError as error:
             return BadSample(key, file, error.reason, error.detail)
         except OSError as error:
             return BadSample(key, file, reasons.UNREADABLE, str(error))
+
+
+def _content(path: Path) -> bytes:
+    if (size := path.stat().st_size) > MAX_MEMBER_BYTES:
+        raise ImageError(reasons.TOO_MANY_BYTES, f"{path.name!r} has {size}")
+    return path.read_bytes()
 
 
 def _run_name(number: int, members: Sequence[str]) -> str:
@@ -226,7 +232,7 @@ class TableUnit:
             try:
                 if row.problem:
                     raise row.problem
-                data = (self.folder / row.file).read_bytes()
+                data = _content(self.folder / row.file)
                 yield make_image(key, data, {"json": row.text.encode()}, row.file, self.captions)
             except ImageError as error:
                 yield BadSample(key, row.place, error.reason, error.detail)

@@ -78,6 +78,10 @@ def _file_name(text: str) -> str:
     name = row.get(COLUMN) if isinstance(row, dict) else None
     if not isinstance(name, str) or not name:
         raise ImageError(NO_IMAGE, f"the row has no {COLUMN}")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError as error:
+        raise ImageError(NO_IMAGE, f"{COLUMN} {name!r} is no name of a file") from error
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise ImageError(NO_IMAGE, f"{COLUMN} {name!r} leads out of the folder")

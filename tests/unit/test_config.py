@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmscale.config import CONFIGS, TrainConfig, dump, flatten, load, merge, parse_overrides, schema
+from fmscale.config import CONFIGS, EncodeConfig, TrainConfig, dump, flatten, load, merge, parse_overrides, schema
 from fmscale.errors import UserError
 from fmscale.flow.coupling import COUPLINGS
 from fmscale.flow.solver import SOLVERS
@@ -125,6 +125,23 @@ def test_bad_values_are_named(path: Path, override: str, says: str) -> None:
 def test_bad_files_are_named(path: Path, text: str, says: str) -> None:
     path.write_text(text)
     assert says in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("captions={.txt: 1}", "captions: .txt is no place: write an extension without its dot, or json.FIELD"),
+        ("captions={a/b: 1}", "captions: a/b is no place"),
+        ("captions={txt: 0}", "every weight is 0"),
+        ("resolutions_px=[256, 256]", "one comes twice"),
+    ],
+)
+def test_what_makes_no_sense_of_a_source_is_named(tmp_path: Path, override: str, says: str) -> None:
+    path = tmp_path / "encode.yaml"
+    path.write_text("images: i\nout: o\nvae: v\ntext: {clip_l: {path: c}}\n")
+    assert load(EncodeConfig, path, ["captions={txt: 1, json.a/b: 2}"]).captions["json.a/b"] == 2
+    with pytest.raises(UserError, match=says):
+        load(EncodeConfig, path, [override])
 
 
 def test_configs_cannot_be_changed(path: Path) -> None:

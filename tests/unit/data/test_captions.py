@@ -42,6 +42,8 @@ def test_a_weight_of_zero_is_never_drawn() -> None:
     captions = Captions({"txt": 0, "json.caption": 1, "long": 0})
     assert {captions.choose(str(number), FILES, META)[0] for number in range(200)} == {"json.caption"}
     assert captions.choose("k", FILES, META)[1]["long"] == "une chaîne"
+    with pytest.raises(ImageError, match=NO_CAPTION):
+        captions.choose("k", FILES, {})
 
 
 @pytest.mark.parametrize(

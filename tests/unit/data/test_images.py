@@ -33,6 +33,7 @@ def test_was_squared_sees_pictures_that_lost_their_shape() -> None:
     assert not was_squared(sizes | {"original_width": 480})
     assert not was_squared({"width": 256, "height": 256})
     assert not was_squared({})
+    assert not was_squared(sizes | {"original_width": 10**400 + 1, "original_height": 10**400})  # too large for a float
 
 
 def test_load_turns_pictures_upright() -> None:

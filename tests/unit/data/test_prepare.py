@@ -65,12 +65,13 @@ def test_a_sample_says_what_was_done() -> None:
         (Filters(scores={"aesthetic": (5, None), "ai.watermark": (None, 0.8)}), "ai.watermark out of range"),
         (Filters(scores={"similarity": (0, None)}), "no similarity"),
         (Filters(scores={"text": (0, None)}), "no text"),
-        (Filters(100, 2, {"aesthetic": (5, 5.25), "ai.watermark": (None, 0.9)}), None),
+        (Filters(scores={"column": (0.4, None)}), "column out of range"),
+        (Filters(100, 2, {"aesthetic": (5, 5.25), "ai.watermark": (None, 0.9), "column": (0.3, 0.3)}), None),
     ],
 )
 def test_filters(filters: Filters, reason: str | None) -> None:
     preparation = pickle.loads(pickle.dumps(Preparation({"": [(64, 64)]}, 10**6, 1, filters)))  # noqa: S301
-    image = source(100, 200, {"aesthetic": 5.25, "ai": {"watermark": 0.9}, "text": "5"})
+    image = source(100, 200, {"aesthetic": 5.25, "ai": {"watermark": 0.9}, "text": "five", "column": "0.3"})
     if reason is None:
         assert len(preparation.prepare(image)) == 1
         return

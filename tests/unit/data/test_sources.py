@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,7 @@ from fmscale.batch import BadSample
 from fmscale.data import reasons
 from fmscale.data.captions import Captions
 from fmscale.data.sources import SourceImage, open_source, safe_key
+from fmscale.data.tar import MAX_MEMBER_BYTES
 from fmscale.errors import OutageError, UserError
 
 WriteTar = Callable[[Path, list[tuple[str, bytes]]], None]
@@ -70,6 +72,15 @@ def test_two_pictures_of_one_name_are_not_both_taken(tmp_path: Path) -> None:
     found = read(tmp_path)
     assert [type(item) for item in found] == [SourceImage, BadSample, SourceImage]
     assert found[1] == BadSample("a", "a.png", reasons.SAME_KEY, "its caption belongs to a.jpg")
+
+
+def test_a_file_that_is_larger_than_any_picture_is_not_read(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.png")
+    os.truncate(tmp_path / "a.png", MAX_MEMBER_BYTES + 1)
+    detail = "'a.png' has 1073741825"
+    assert read(tmp_path) == [BadSample("a", "a.png", reasons.TOO_MANY_BYTES, detail)]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}')
+    assert read(tmp_path) == [BadSample("a", "metadata.jsonl:1", reasons.TOO_MANY_BYTES, detail)]
 
 
 def test_a_folder_is_cut_into_runs_whose_names_say_what_is_in_them(tmp_path: Path) -> None:
@@ -165,12 +176,12 @@ def test_the_table_of_a_hugging_face_image_folder_names_images_and_captions(tmp_
         'file_name,text,aesthetic\na.png,"red, and\nmore",5.5\nb/c.jpg,,6\nmissing.png,x,7\n'
     )
     lines = ['{"file_name": "d.png", "text": "rot", "n": 1}', "", "{", '{"text": "x"}', '{"file_name": "d.png"}']
-    lines += [f'{{"file_name": "{name}", "text": "x"}}' for name in ("../train/a.png", "/etc/passwd")]
+    lines += [f'{{"file_name": "{name}", "text": "x"}}' for name in ("../train/a.png", "/etc/passwd", "\\ud800.png")]
     (tmp_path / "test/metadata.jsonl").write_text("\n".join(lines))
     found = read(tmp_path)
     first, last = {"file_name": "d.png", "text": "rot", "n": 1}, {"file_name": "a.png", "text": "red, and\nmore"}
     assert found[0] == image("test__d", "rot", "test/d.png", "json.text", first)
-    assert found[6] == image("train__a", "red, and\nmore", "train/a.png", "json.text", last | {"aesthetic": "5.5"})
+    assert found[7] == image("train__a", "red, and\nmore", "train/a.png", "json.text", last | {"aesthetic": "5.5"})
     bad = [item for item in found if isinstance(item, BadSample)]
     assert [(item.key, item.shard, item.reason) for item in bad] == [
         ("", "test/metadata.jsonl:3", reasons.BAD_JSON),
@@ -178,6 +189,7 @@ def test_the_table_of_a_hugging_face_image_folder_names_images_and_captions(tmp_
         ("test__d", "test/metadata.jsonl:5", reasons.SAME_KEY),
         ("", "test/metadata.jsonl:6", reasons.NO_IMAGE),
         ("", "test/metadata.jsonl:7", reasons.NO_IMAGE),
+        ("", "test/metadata.jsonl:8", reasons.NO_IMAGE),
         ("train__b__c", "train/metadata.csv:4", reasons.NO_CAPTION),
         ("train__missing", "train/metadata.csv:5", reasons.UNREADABLE),
     ]

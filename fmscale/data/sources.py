@@ -303,9 +303,11 @@ def read_members(file: BinaryIO, captions: Captions, whole: bool = True) -> Iter
         DamageError: as for `walk`.
     """
     wanted = {*SUFFIXES, "json", *captions.extensions}
+    key, held_bytes = "", 0
     for member in walk(file, whole):
+        key, held_bytes = member.key, member.size + (held_bytes if member.key == key else 0)
         content = b""
-        if member.extension in wanted and member.size <= MAX_MEMBER_BYTES:
+        if member.extension in wanted and held_bytes <= MAX_MEMBER_BYTES:
             file.seek(member.start)
             content = file.read(member.size)
         yield member, content
@@ -319,15 +321,15 @@ def join_members(members: Sequence[tuple[Member, bytes]], key: str, source: str,
         key, source, captions: as for `make_image`.
 
     Raises:
-        ImageError: not one image, too large a member, or as for `make_image`.
+        ImageError: not one image, too many bytes, or as for `make_image`.
     """
-    for member, _ in members:
-        if member.size > MAX_MEMBER_BYTES:
-            raise ImageError(reasons.TOO_MANY_BYTES, f"{member.name!r} has {member.size}")
     images = [(member, content) for member, content in members if member.extension in SUFFIXES]
     if len(images) != 1:
-        names = ", ".join(repr(member.name) for member, _ in images) or "none"
-        raise ImageError(reasons.NO_IMAGE, f"{names} (a key ends at the first dot of a name)")
+        names = ", ".join(repr(member.name) for member, _ in images[:3]) or "none"
+        more = f" and {len(images) - 3} more" if len(images) > 3 else ""
+        raise ImageError(reasons.NO_IMAGE, f"{names}{more} (a key ends at the first dot of a name)")
+    if (size := sum(member.size for member, _ in members)) > MAX_MEMBER_BYTES:
+        raise ImageError(reasons.TOO_MANY_BYTES, f"{size} in all members of this key")
     texts = {member.extension: content for member, content in members if member.extension not in SUFFIXES}
     return make_image(key, images[0][1], texts, source, captions)
 

@@ -18,7 +18,7 @@ from range_server import ERROR, SHORT, SOUND, TRUNCATE, serving
 from fmscale.batch import BadSample
 from fmscale.data import reasons
 from fmscale.data.captions import Captions
-from fmscale.data.sources import SourceImage, open_source, safe_key
+from fmscale.data.sources import SourceImage, open_source, read_members, safe_key
 from fmscale.data.tar import MAX_MEMBER_BYTES
 from fmscale.errors import OutageError, UserError
 
@@ -129,6 +129,27 @@ def test_tar_samples_that_cannot_be_used_are_named(tmp_path: Path, members, reas
     assert isinstance(bad, BadSample)
     assert bad.reason == reason
     assert isinstance(sound, SourceImage)
+
+
+def test_what_one_key_brings_together_is_bounded(
+    tmp_path: Path, write_tar: WriteTar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names with dots make one key of a whole tar, whose pictures are not held together."""
+    monkeypatch.setattr("fmscale.data.sources.MAX_MEMBER_BYTES", 2 * len(RED))
+    many = [(f"shot.{number}.png", RED) for number in range(5)]
+    write_tar(
+        tmp_path / "x.tar", [*many, ("y.png", RED), ("y.txt", b"t" * len(RED) + b"t"), ("z.png", RED), ("z.txt", b"t")]
+    )
+    (unit,) = open_source(tmp_path)
+    first, second, sound = unit.read()
+    names = "'shot.0.png', 'shot.1.png', 'shot.2.png' and 2 more (a key ends at the first dot of a name)"
+    assert first == BadSample("x__shot", "x.tar", reasons.NO_IMAGE, names)
+    assert second == BadSample(
+        "x__y", "x.tar", reasons.TOO_MANY_BYTES, f"{2 * len(RED) + 1} in all members of this key"
+    )
+    assert isinstance(sound, SourceImage)
+    with (tmp_path / "x.tar").open("rb") as file:
+        assert [len(content) for _, content in read_members(file, Captions())][:5] == [len(RED)] * 2 + [0] * 3
 
 
 def test_a_key_that_comes_twice_is_named(tmp_path: Path, write_tar: WriteTar) -> None:

@@ -141,7 +141,7 @@ def interruptible() -> Iterator[None]:
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         for other in STOP_SIGNALS:  # a worker may be sent one from the terminal and one from its parent
-            signal.signal(other, signal.SIG_IGN)
+            signal.signal(other, lambda number, frame: None)  # of SIG_IGN, Python complains if one is on its way
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():

@@ -142,9 +142,11 @@ def _scan(folder: Path) -> tuple[list[Path], list[str]]:
     tables, images = [], []
     for root, folders, files in os.walk(folder, onerror=_refuse_folder):
         folders.sort()
+        beside = Path(root).relative_to(folder).as_posix()
+        prefix = "" if beside == "." else f"{beside}/"  # once per folder: paths are slow, and images may be millions
         tables += [Path(root, name) for name in sorted(files) if name in TABLES]
         names = [name for name in files if name.rpartition(".")[2].lower() in SUFFIXES and not name.startswith(".")]
-        images += [Path(root, name).relative_to(folder).as_posix() for name in sorted(names, key=os.path.splitext)]
+        images += [prefix + name for name in sorted(names, key=os.path.splitext)]
     return tables, images
 
 

@@ -257,7 +257,8 @@ def _write(folder: Path, unit: str, steps: Iterable[Step], samples_per_shard: in
 
 
 def _skip(outcome: Outcome, key: str, reason: str, detail: str = "") -> None:
-    log.warning("skipped %s: %s", key, f"{reason}: {detail}" if detail else reason)
+    if not any(failure["reason"] == reason for failure in outcome.failures):  # one of a kind and unit is enough to read
+        log.warning("skipped %s: %s", key, f"{reason}: {detail}" if detail else reason)
     outcome.failures.append({"key": key, "reason": reason, "detail": detail})
 
 

@@ -21,8 +21,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from contextlib import suppress
 from math import prod
 from os import environ
 from pathlib import Path
@@ -43,6 +43,7 @@ from fmscale.runs import build_model, checkpoints_dir, open_run, start_run_dir, 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SAMPLE_S = 0.002
+BEGINS = "begins"
 
 
 def main() -> None:
@@ -58,7 +59,7 @@ def main() -> None:
         sides: dict[str, list[dict[str, float]]] = {"ours": [], "deepspeed": []}
         for _ in range(args.repeats):
             for side, figures in sides.items():
-                figures.append(json.loads(in_process(args, side)))
+                figures.append(timed(args, side))
         in_process(args, "ours_raw")
         compared = int(in_process(args, "compare"))
     ours, deepspeed = ({key: statistics.median(row[key] for row in rows) for key in rows[0]} for rows in sides.values())
@@ -153,29 +154,37 @@ def be_rank(args: argparse.Namespace) -> None:
 
 
 def watched(action: Any) -> None:
-    """Do it; print how long it took, and how far anonymous memory rose meanwhile."""
+    """Do it, let the parent know when it begins, and print how long it took."""
     torch.empty(1, device="meta").normal_()  # imports much, which is no part of the time
-    before, peak, over = anonymous_mb(), [0.0], threading.Event()
-
-    def sample() -> None:
-        while not over.wait(SAMPLE_S):
-            peak[0] = max(peak[0], anonymous_mb())
-
-    watcher = threading.Thread(target=sample)
-    watcher.start()
     os.sync()  # else one side would wait for the disk to take what the other has written
+    print(BEGINS, flush=True)
     began = time.perf_counter()
     action()
-    seconds = time.perf_counter() - began
-    over.set()
-    watcher.join()
-    print(json.dumps({"seconds": seconds, "peak_mb": max(0.0, peak[0] - before), "imports_mb": before}))
+    print(time.perf_counter() - began)
 
 
-def anonymous_mb() -> float:
-    """Memory of this process that no file backs."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024e-6
+def timed(args: argparse.Namespace, side: str) -> dict[str, float]:
+    """Run a side in a process of its own: its seconds, and how far its anonymous memory rose meanwhile.
+
+    The memory is looked at from here: a thread in that process would take turns with those that work.
+    """
+    with subprocess.Popen(command(args, side), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while (line := process.stdout.readline().strip()) != BEGINS:
+            if not line and process.poll() is not None:
+                raise SystemExit(f"{side} has failed")
+        before = peak = anonymous_mb(process.pid)
+        while process.poll() is None:
+            peak = max(peak, anonymous_mb(process.pid))
+            time.sleep(SAMPLE_S)
+        return {"seconds": float(process.stdout.read().splitlines()[-1]), "peak_mb": peak - before}
+
+
+def anonymous_mb(pid: int) -> float:
+    """Memory of a process that no file backs."""
+    with suppress(OSError, IndexError):  # it has just ended
+        return int(Path(f"/proc/{pid}/status").read_text().split("RssAnon:")[1].split()[0]) * 1024e-6
+    return 0.0
 
 
 def export_ours(args: argparse.Namespace, weights: str = "ema") -> None:

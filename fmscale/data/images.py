@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from fmscale.data import reasons
 from fmscale.data.reasons import ImageError
 
+Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is looked at instead, before anything is decoded
 Pixels = NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # decoders that start no other program
 HEADED = frozenset({"JPEG", "MPO", "WEBP"})  # whose head tells how they are turned, and whose reader leaves that to us
@@ -105,8 +106,6 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
             yield image
     except ImageError:
         raise
-    except Image.DecompressionBombError as error:
-        raise ImageError(reasons.TOO_MANY_PIXELS, str(error)) from error
     except UnidentifiedImageError as error:
         raise ImageError(reasons.NOT_AN_IMAGE, f"none of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's decoders meet broken files with nearly any exception

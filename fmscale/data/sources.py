@@ -8,6 +8,7 @@ TableUnit     a run of the rows of a Hugging Face image folder's table
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -29,9 +30,11 @@ from fmscale.data.tables import NAMES as TABLES
 from fmscale.data.tables import Row, read_tables
 from fmscale.data.tar import MAX_MEMBER_BYTES, DamageError, Member, find_tars, walk
 from fmscale.data.transport import PIPE, is_remote
-from fmscale.errors import UserError
+from fmscale.errors import OutageError, UserError
 
 Item = TypeVar("Item")
+# What says nothing of a file: it may be read well a while later.
+PASSING = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EAGAIN)
 SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif"})
 
 
@@ -272,7 +275,11 @@ class TarUnit:
                 yield from self._samples(file)
         except FileNotFoundError:
             yield BadSample("", self.file, reasons.UNREADABLE, "there is no such tar"), (0, 0)
-        except (DamageError, OSError) as error:
+        except OSError as error:
+            if error.errno in PASSING:
+                raise OutageError(f"{self.storage.where(self.file)}: cannot be read now: {error.strerror}") from error
+            yield BadSample("", self.file, reasons.UNREADABLE, str(error)), (0, 0)
+        except DamageError as error:
             detail = f"{error}; the rest of this tar is not read"
             yield BadSample("", self.file, reasons.DAMAGED_TAR, detail), (0, 0)
 

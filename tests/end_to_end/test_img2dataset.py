@@ -16,17 +16,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image
 from range_server import serving
 from sklearn.datasets import load_sample_images
 
 from fmscale import inputs
+from fmscale.cli import main
 from fmscale.config import EncodeConfig, check
 from fmscale.data import reasons
 from fmscale.data.images import load_image, looks_padded
+from fmscale.data.index import Index
 from fmscale.data.sources import SourceImage
 from fmscale.encode import encode
-from fmscale.quickstart import write_encoders
+from fmscale.engine.metrics import read_metrics
+from fmscale.quickstart import write_encoders, write_train_config
 
 pytestmark = pytest.mark.slow
 VERSION = "img2dataset==1.47.0"
@@ -216,6 +220,20 @@ def test_what_img2dataset_fetched_is_encoded_and_what_is_broken_is_counted(img2d
     }
     failures = [json.loads(line) for line in (config.out / "failures.jsonl").read_text().splitlines()]
     assert {names[failure["key"]]: failure["reason"] for failure in failures} == refused
+    assert_of_use(index, tmp_path)
+
+
+def assert_of_use(index: Index, folder: Path) -> None:
+    """Its bytes are sound, stock webdataset reads the same samples, and a run trains on them."""
+    assert main(["index", str(index.path), "--verify"]) == 0
+    tars = sorted(map(str, index.path.glob("*.tar")))
+    stock = {sample["__key__"]: set(sample) for sample in webdataset.WebDataset(tars, shardshuffle=False)}
+    assert stock.keys() == {index.key(row) for row in range(len(index))}
+    assert all(members >= {"safetensors", "json"} for members in stock.values())
+    write_train_config(folder)
+    settings = [f"data.path={index.path}", "steps=3", "global_batch=16", "micro_batch=16", "engine.dtype=fp32"]
+    assert main(["train", str(folder / "train.yaml"), f"run_dir={folder / 'run'}", *settings]) == 0
+    assert [record["step"] for record in read_metrics(folder / "run" / "metrics.jsonl")] == [1, 2, 3]
 
 
 def bucket_of(height: int, width: int) -> tuple[int, int]:

@@ -1,0 +1,132 @@
+"""What Slurm says of this process, of a job, and what it is told."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from fmscale.distributed import World
+from fmscale.errors import OutageError
+from fmscale.files import replace_text
+
+FOLDER = "slurm"  # in a run directory: what was submitted, and its logs
+DELAY = "FMSCALE_SIGNAL_DELAY_S"  # from the signal to the end, as the batch script was told
+MEET_S = 300.0
+ASK_S = 30.0
+ATTEMPTS = 6  # a busy controller answers later
+
+
+class Task(NamedTuple):
+    """This process's place in Slurm.
+
+    Attributes:
+        job: its number.
+        restart: how often the job has been started before.
+        step: of the job: `0` for the first `srun`, `batch` for the script itself.
+    """
+
+    job: int
+    restart: int
+    step: str
+
+    @property
+    def start(self) -> str:
+        """A name that all ranks of this start of the job have, and no others."""
+        return f"{self.job}.{self.restart}.{self.step}"
+
+
+def this_task(env: Mapping[str, str] = os.environ) -> Task | None:
+    """What Slurm's variables say of this process; None outside a job."""
+    job = env.get("SLURM_JOB_ID", "")
+    if not job.isdecimal():
+        return None
+    return Task(int(job), int(env.get("SLURM_RESTART_COUNT") or 0), env.get("SLURM_STEP_ID") or "batch")
+
+
+def signal_delay_s(env: Mapping[str, str] = os.environ) -> float:
+    """Seconds from Slurm's signal to the end of the job, as its batch script says; infinite where there is none."""
+    return float(env.get(DELAY) or math.inf)
+
+
+def leave_s(signal_delay_s: float) -> float:
+    """Seconds from the signal in which all ranks must have ended, such that there is time to requeue."""
+    return max(signal_delay_s - 15, signal_delay_s / 2)
+
+
+def meet(world: World, folder: Path) -> None:
+    """Agree on where the ranks of a job step meet, unless the launcher has said so: rank 0 writes down a port.
+
+    Args:
+        world: this rank among the others.
+        folder: that all of them see; made where there is none.
+
+    Raises:
+        OutageError: rank 0 is not heard of.
+    """
+    task = this_task()
+    if task is None or world.world_size == 1 or ("MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ):
+        return
+    place = folder / f"{task.start}.address"
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            replace_text(place, f"{socket.gethostname()} {probe.getsockname()[1]}\n")
+    deadline = time.monotonic() + MEET_S
+    while not place.exists():
+        if time.monotonic() > deadline:
+            raise OutageError(f"rank 0 has not written {place} for {MEET_S:.0f} s; do all nodes see that folder?")
+        time.sleep(0.2)
+        os.listdir(folder)  # lets NFS look again
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.read_text().split()
+
+
+def ask(*command: str) -> str:
+    """What a command of Slurm's prints.
+
+    Raises:
+        OutageError: it fails, or does not answer.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=False)
+    except FileNotFoundError:
+        raise OutageError(f"{command[0]}: no such program; is this a machine of a Slurm cluster?") from None
+    except subprocess.TimeoutExpired:
+        raise OutageError(f"{' '.join(command)}: no answer within {ASK_S:.0f} s") from None
+    if done.returncode:
+        raise OutageError(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
+    return done.stdout
+
+
+def describe(job: str) -> dict[str, str]:
+    """What the controller knows of a job, as `scontrol show job` names it; empty where it has forgotten it."""
+    try:
+        shown = ask("scontrol", "show", "job", "--oneliner", job)
+    except OutageError as error:
+        if "Invalid job id" in str(error):
+            return {}
+        raise
+    return dict(re.findall(r"(\S+?)=(\S*)", shown.splitlines()[0])) if shown.strip() else {}
+
+
+def requeue(job: int) -> None:
+    """Have a job started again; this process ends with its job's current start.
+
+    Raises:
+        OutageError: Slurm refuses, or does not answer again and again.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            ask("scontrol", "requeue", str(job))
+            return
+        except OutageError:
+            if attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(2**attempt)

@@ -25,6 +25,7 @@ from fmscale.starts import BEGAN, ENDED, read, updates_saved
 FAILURES = "failures.jsonl"
 ENOUGH = 2  # failures in a row without progress
 LEFT_CODES = (130, 128 + signal.SIGUSR2)  # `encode` was interrupted; a rank was signalled before it could listen
+NO_MORE = "this was the second time in a row without progress, so it stops"
 OPENING = "== job"  # the batch script's first line in the log of each start
 
 
@@ -40,7 +41,7 @@ def requeue(folder: Path, code: int) -> int:
 
     Raises:
         UserError: this is no job of Slurm's.
-        OutageError: Slurm does not answer.
+        OutageError: Slurm does not answer, the job was cancelled, or it runs elsewhere by now.
     """
     task = this_task()
     if task is None:
@@ -49,18 +50,15 @@ def requeue(folder: Path, code: int) -> int:
     how = ended.get("how", "done" if code == 0 else "failed")
     if how in ("done", "stopped"):
         return code
-    job = slurm.describe(str(task.job))
-    if how == "left" or code in LEFT_CODES or job.get("PreemptTime", "None") != "None":
-        print(f"{OPENING} {task.job}: left as asked, and requeued", flush=True)
-    else:
+    job = slurm.own_job(task)
+    again = how == "left" or code in LEFT_CODES or job.get("PreemptTime", "None") != "None"
+    said = "left as asked"
+    if not again:
         why = ended.get("why") or cause(Path(job.get("StdOut", "")), code)
-        if _note(task, folder, code, why) >= ENOUGH:
-            print(
-                f"{OPENING} {task.job}: failed {ENOUGH} times in a row without progress, so it stops: {why}", flush=True
-            )
-            return code or 1
-        print(f"{OPENING} {task.job}: failed, and requeued: {why}", flush=True)
-    slurm.requeue(task.job)
+        again, said = _note(task, folder, code, why) < ENOUGH, f"failed: {why}"
+    print(f"{OPENING} {task.job} {said}; {'requeued' if again else NO_MORE}", flush=True)
+    if again:
+        slurm.requeue(task)
     return code
 
 

@@ -8,9 +8,9 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from fmscale.distributed import World
 from fmscale.errors import OutageError
@@ -18,9 +18,14 @@ from fmscale.files import replace_text
 
 FOLDER = "slurm"  # in a run directory: what was submitted, and its logs
 DELAY = "FMSCALE_SIGNAL_DELAY_S"  # from the signal to the end, as the batch script was told
+Result = TypeVar("Result")
 MEET_S = 300.0
 ASK_S = 30.0
 ATTEMPTS = 6  # a busy controller answers later
+
+
+class SilenceError(OutageError):
+    """A command of Slurm's has failed, or its controller does not answer."""
 
 
 class Task(NamedTuple):
@@ -92,16 +97,16 @@ def ask(*command: str) -> str:
     """What a command of Slurm's prints.
 
     Raises:
-        OutageError: it fails, or does not answer.
+        SilenceError: it fails, or does not answer.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=False)
     except FileNotFoundError:
-        raise OutageError(f"{command[0]}: no such program; is this a machine of a Slurm cluster?") from None
+        raise SilenceError(f"{command[0]}: no such program; is this a machine of a Slurm cluster?") from None
     except subprocess.TimeoutExpired:
-        raise OutageError(f"{' '.join(command)}: no answer within {ASK_S:.0f} s") from None
+        raise SilenceError(f"{' '.join(command)}: no answer within {ASK_S:.0f} s") from None
     if done.returncode:
-        raise OutageError(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
+        raise SilenceError(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
     return done.stdout
 
 
@@ -109,24 +114,45 @@ def describe(job: str) -> dict[str, str]:
     """What the controller knows of a job, as `scontrol show job` names it; empty where it has forgotten it."""
     try:
         shown = ask("scontrol", "show", "job", "--oneliner", job)
-    except OutageError as error:
+    except SilenceError as error:
         if "Invalid job id" in str(error):
             return {}
         raise
     return dict(re.findall(r"(\S+?)=(\S*)", shown.splitlines()[0])) if shown.strip() else {}
 
 
-def requeue(job: int) -> None:
-    """Have a job started again; this process ends with its job's current start.
+def own_job(task: Task) -> dict[str, str]:
+    """What the controller knows of this job, in so far as it is this start of it.
 
     Raises:
-        OutageError: Slurm refuses, or does not answer again and again.
+        OutageError: the job has ended, or runs elsewhere by now; or Slurm does not answer again and again.
     """
-    for attempt in range(ATTEMPTS):
+    told = _again_and_again(lambda: describe(str(task.job)))
+    if told.get("Restarts", "0") != str(task.restart):
+        raise OutageError(f"job {task.job} was started again meanwhile")
+    if told.get("JobState") != "RUNNING":
+        raise OutageError(f"job {task.job} is {told.get('JobState', 'forgotten')}, so it does not come back")
+    return told
+
+
+def requeue(task: Task) -> None:
+    """Have this job started again; this process ends with its job's current start.
+
+    Raises:
+        OutageError: as for `own_job`, or Slurm refuses.
+    """
+
+    def act() -> None:
+        own_job(task)
+        ask("scontrol", "requeue", str(task.job))
+
+    _again_and_again(act)
+
+
+def _again_and_again(action: Callable[[], Result]) -> Result:
+    for attempt in range(ATTEMPTS - 1):
         try:
-            ask("scontrol", "requeue", str(job))
-            return
-        except OutageError:
-            if attempt == ATTEMPTS - 1:
-                raise
+            return action()
+        except SilenceError:
             time.sleep(2**attempt)
+    return action()

@@ -82,6 +82,20 @@ class Submitted(NamedTuple):
         """What a rank has printed so far."""
         return "".join(path.read_text() for path in (self.run_dir / "slurm").glob(f"*/{self.job}_{rank}_log.out"))
 
+    def processes(self, rank: int) -> list[int]:
+        """The trainer of a rank, seen from outside of its node; first of them, where it has others that read."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            try:
+                variables = (folder / "environ").read_bytes().split(b"\0")
+                command = (folder / "cmdline").read_bytes()
+            except (OSError, NotADirectoryError):
+                continue
+            wanted = {f"SLURM_JOB_ID={self.job}".encode(), f"SLURM_PROCID={rank}".encode()}
+            if folder.name.isdecimal() and wanted <= set(variables) and b"/code" in command:
+                found.append(int(folder.name))
+        return sorted(found)
+
     def wait_for(self, what: str, reached: Callable[[], bool], seconds: float = START_S) -> None:
         """Wait for something that the job does before it ends."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +26,11 @@ COLUMNS = ("run", "job", "state", "step", "loss", "images/s", "heartbeat", "rest
 ENDED_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
+def ended(state: str) -> bool:
+    """Whether all of a job has, by what `describe` says."""
+    return all(part.split()[-1].startswith(ENDED_STATES) for part in state.split(", "))
+
+
 def newest_job(folder: Path) -> str:
     """The number of the last job that worked in a folder; empty where there was none."""
     told = [record for record in read(folder) if "job" in record] + _submitted(folder)
@@ -42,18 +48,22 @@ def _submitted(folder: Path) -> list[dict[str, Any]]:
 
 
 def describe(job: str) -> dict[str, str]:
-    """What Slurm says of a job: the controller, or else the accounts; at least `JobState`."""
+    """What Slurm says of a job: the controller, or else the accounts; at least `JobState`; of arrays, counted."""
     if not job:
         return {"JobState": "-"}
     try:
-        return slurm.describe(job) or {"JobState": _account(job)}
+        told = slurm.describe(job)
+        states = [one["JobState"] for one in told] or _account(job)
     except OutageError as error:
         return {"JobState": "UNKNOWN", "error": str(error)}
+    counted = ", ".join(f"{count} {state}" for state, count in Counter(states).most_common())
+    newest = max(told, key=lambda one: int(one.get("Restarts", 0)), default={})
+    return {**newest, "JobState": counted if len(states) > 1 else (states or ["UNKNOWN"])[0]}
 
 
-def _account(job: str) -> str:
-    states = slurm.ask("sacct", "-X", "-n", "-P", "-o", "State", "-j", job).split()
-    return states[0] if states else "UNKNOWN"
+def _account(job: str) -> list[str]:
+    lines = slurm.ask("sacct", "-X", "-n", "-P", "-o", "State", "-j", job).splitlines()
+    return [line.split()[0] for line in lines if line.split()]  # `CANCELLED by 0`
 
 
 def status(folders: Sequence[Path]) -> int:
@@ -84,15 +94,15 @@ def _row(folder: Path) -> tuple[str, ...]:
     told, last = describe(job), _last_steps(folder)
     state = told["JobState"] + (f" ({told['Reason']})" if told.get("Reason", "None") != "None" else "")
     newest = last[-1] if last else {}
-    steps = _steps(folder)
+    done, steps = newest.get("step", 0), _steps(folder)
     seconds = [record["step_s"] for record in last[-STEPS:]]
-    left_s = (steps - newest["step"]) * sum(seconds) / len(seconds) if seconds and steps else None
+    left_s = (steps - done) * sum(seconds) / len(seconds) if seconds and steps else None
     loss, rate = newest.get("loss"), newest.get("images_per_s")
     return (
         str(folder),
         job or "-",
         state,
-        f"{newest.get('step', 0)}/{steps or '?'}",
+        f"{done}/{steps}" if steps else _units(folder),
         "-" if loss is None else f"{loss:.4f}",
         "-" if rate is None else f"{rate:.1f}",
         _heartbeat(folder),
@@ -109,6 +119,16 @@ def _steps(folder: Path) -> int:
         return int(config["steps"])
     except (OSError, LookupError, TypeError):
         return 0
+
+
+def _units(folder: Path) -> str:
+    """How much of a dataset is done."""
+    unfinished = folder / "unfinished"
+    try:
+        units = json.loads((unfinished / "job.json").read_text())["job"]["units"]
+        return f"{len(list((unfinished / 'done').iterdir()))}/{len(units)} units"
+    except (OSError, ValueError, LookupError):
+        return "finished" if (folder / "manifest.json").is_file() else "-"
 
 
 def _last_steps(folder: Path) -> list[dict[str, Any]]:
@@ -149,7 +169,7 @@ def stop(folder: Path) -> int:
     if "error" in told:
         raise OutageError(told["error"])
     state = told["JobState"]
-    if not job or state.startswith(ENDED_STATES):
+    if not job or ended(state):
         raise UserError(f"{folder}: nothing to stop; {f'job {job} is {state}' if job else 'it has no job'}")
     trains = any(BEGAN in record and record.get("job") == int(job) for record in read(folder)[-1:])
     if state == "RUNNING" and trains:

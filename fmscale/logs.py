@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fmscale import slurm
 from fmscale.errors import UserError
-from fmscale.jobs import ENDED_STATES, describe, newest_job
+from fmscale.jobs import describe, ended, newest_job
 
 POLL_S = 1.0
 STATE_S = 5.0  # between two questions to Slurm, which has others to answer
@@ -61,6 +61,6 @@ def follow(folder: Path) -> int:
                     sys.stdout.write(piece.decode(errors="replace"))
                     shown += len(piece)
                 sys.stdout.flush()
-        if state.startswith(ENDED_STATES):
-            return 0 if state == "COMPLETED" else 1
+        if ended(state):
+            return 0 if state.endswith("COMPLETED") and "," not in state else 1
         time.sleep(POLL_S)

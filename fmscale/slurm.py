@@ -8,7 +8,8 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -35,11 +36,18 @@ class Task(NamedTuple):
         job: its number.
         restart: how often the job has been started before.
         step: of the job: `0` for the first `srun`, `batch` for the script itself.
+        array: number of the array and place in it, such as `12_3`; empty where the job is in none.
     """
 
     job: int
     restart: int
     step: str
+    array: str = ""
+
+    @property
+    def handle(self) -> str:
+        """What Slurm is told that this job alone is meant: one of an array has the array's number too."""
+        return self.array or str(self.job)
 
     @property
     def start(self) -> str:
@@ -52,7 +60,8 @@ def this_task(env: Mapping[str, str] = os.environ) -> Task | None:
     job = env.get("SLURM_JOB_ID", "")
     if not job.isdecimal():
         return None
-    return Task(int(job), int(env.get("SLURM_RESTART_COUNT") or 0), env.get("SLURM_STEP_ID") or "batch")
+    array = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_JOB_ID" in env else ""
+    return Task(int(job), int(env.get("SLURM_RESTART_COUNT") or 0), env.get("SLURM_STEP_ID") or "batch", array)
 
 
 def signal_delay_s(env: Mapping[str, str] = os.environ) -> float:
@@ -62,11 +71,12 @@ def signal_delay_s(env: Mapping[str, str] = os.environ) -> float:
 
 def leave_s(signal_delay_s: float) -> float:
     """Seconds from the signal in which all ranks must have ended, such that there is time to requeue."""
-    return max(signal_delay_s - 15, signal_delay_s / 2)
+    return max(signal_delay_s - 25, signal_delay_s / 3)
 
 
-def meet(world: World, folder: Path) -> None:
-    """Agree on where the ranks of a job step meet, unless the launcher has said so: rank 0 writes down a port.
+@contextmanager
+def meeting(world: World, folder: Path) -> Iterator[None]:
+    """Where the ranks of a job step meet while the block runs, unless the launcher has said so: rank 0 writes it down.
 
     Args:
         world: this rank among the others.
@@ -77,6 +87,7 @@ def meet(world: World, folder: Path) -> None:
     """
     task = this_task()
     if task is None or world.world_size == 1 or ("MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ):
+        yield
         return
     place = folder / f"{task.start}.address"
     if world.is_main:
@@ -89,8 +100,12 @@ def meet(world: World, folder: Path) -> None:
         if time.monotonic() > deadline:
             raise OutageError(f"rank 0 has not written {place} for {MEET_S:.0f} s; do all nodes see that folder?")
         time.sleep(0.2)
-        os.listdir(folder)  # lets NFS look again
+        with suppress(FileNotFoundError):
+            os.listdir(folder)  # lets NFS look again
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.read_text().split()
+    yield
+    if world.is_main:
+        place.unlink(missing_ok=True)
 
 
 def ask(*command: str) -> str:
@@ -110,15 +125,15 @@ def ask(*command: str) -> str:
     return done.stdout
 
 
-def describe(job: str) -> dict[str, str]:
-    """What the controller knows of a job, as `scontrol show job` names it; empty where it has forgotten it."""
+def describe(job: str) -> list[dict[str, str]]:
+    """What the controller knows of a job, or of each of an array, as `scontrol show job` names it; maybe nothing."""
     try:
         shown = ask("scontrol", "show", "job", "--oneliner", job)
     except SilenceError as error:
         if "Invalid job id" in str(error):
-            return {}
+            return []
         raise
-    return dict(re.findall(r"(\S+?)=(\S*)", shown.splitlines()[0])) if shown.strip() else {}
+    return [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in shown.splitlines() if line.strip()]
 
 
 def own_job(task: Task) -> dict[str, str]:
@@ -127,7 +142,7 @@ def own_job(task: Task) -> dict[str, str]:
     Raises:
         OutageError: the job has ended, or runs elsewhere by now; or Slurm does not answer again and again.
     """
-    told = _again_and_again(lambda: describe(str(task.job)))
+    told = next(iter(_again_and_again(lambda: describe(task.handle))), {})
     if told.get("Restarts", "0") != str(task.restart):
         raise OutageError(f"job {task.job} was started again meanwhile")
     if told.get("JobState") != "RUNNING":
@@ -144,7 +159,7 @@ def requeue(task: Task) -> None:
 
     def act() -> None:
         own_job(task)
-        ask("scontrol", "requeue", str(task.job))
+        ask("scontrol", "requeue", task.handle)
 
     _again_and_again(act)
 

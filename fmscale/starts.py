@@ -79,9 +79,9 @@ class Start(NamedTuple):
         with suppress(OSError):  # a file server that hiccups is no reason to end a run
             os.utime(self.run_dir / STARTS)
 
-    def end(self, how: Ending, step: int | None = None, why: str = "") -> None:
+    def end(self, how: Ending, why: str = "") -> None:
         """Say how this start has ended; rank 0 calls it."""
-        append(self.run_dir / STARTS, {ENDED: self.name, "time": time.time(), "how": how, "step": step, "why": why})
+        append(self.run_dir / STARTS, {ENDED: self.name, "time": time.time(), "how": how, "why": why})
 
 
 def new_start(run_dir: Path, world: World) -> Start:

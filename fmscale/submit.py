@@ -40,7 +40,7 @@ MAIN = """from fmscale.__main__ import main
 if __name__ == "__main__":
     main()
 """
-WAIT_S = 20  # from the end of a rank to that of the others, which name it meanwhile
+WAIT_S = 10  # from the end of a rank to that of the others, which name it meanwhile
 
 
 class Order(NamedTuple):
@@ -173,7 +173,7 @@ def batch_script(order: Order, folder: Path) -> str:
         srun_args=[*srun, *site.srun],
         additional_parameters={"nodes": 1 if array else site.nodes, "requeue": True, **site.sbatch},
     )
-    return text
+    return f"{text}\n"
 
 
 def setup(site: Site) -> list[str]:

@@ -93,8 +93,8 @@ def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
     world = world_from_environment()
     dataset = check_setup(config, world.world_size, allowed)
     portions = split(config.global_batch, world.world_size, config.micro_batch)
-    slurm.meet(world, config.run_dir / slurm.FOLDER)
-    init_process_group(world)
+    with slurm.meeting(world, config.run_dir / slurm.FOLDER):
+        init_process_group(world)
     if not same_everywhere(dataset.mixture.fingerprint, world.device):
         raise UserError(
             f"data: the ranks found different indices in {dataset.mixture.name}; start again when it is whole"

@@ -131,13 +131,18 @@ def judge(seen: Mapping[int, Sighting], now_s: float, limits: Limits) -> str:
     still_s = now_s - max(one.moved_s for one in seen.values())
     if still_s <= limits.stalled_s:
         return ""
-    least = min(one.place.moves for one in seen.values())
-    behind = [rank for rank, one in seen.items() if one.place.moves == least]
+    behind = _behind(seen)
     if len(behind) == len(seen) > 1:
         place = seen[0].place
         where = f"all are in step {place.step}, {place.doing}"
         return f"no rank has moved on for {still_s:.0f} s (guard.stalled_s), {where}"
     return _name(seen, behind, f"not moved on for {still_s:.0f} s (guard.stalled_s)")
+
+
+def _behind(seen: Mapping[int, Sighting]) -> list[int]:
+    """The ranks that have come least far."""
+    least = min(one.place.moves for one in seen.values())
+    return [rank for rank, one in seen.items() if one.place.moves == least]
 
 
 def _name(seen: Mapping[int, Sighting], ranks: list[int], what: str) -> str:
@@ -275,12 +280,12 @@ class Watchdog:
                 self._end(self._verdict or found, speak=not self._verdict)
 
     def _late(self, now: float) -> str:
-        """Whether the job's end is near and this rank is not through; rank 0 says so first."""
+        """Whether the job's end is near and it is not through; rank 0, which sees all ranks, says so first."""
         late_s = now - self._told_s - self._limits.leave_s
         if late_s <= (0 if self._world.is_main else READ_S):
             return ""
-        what = f"told to end {now - self._told_s:.0f} s ago, and not through yet"
-        return _name({self._world.rank: Sighting(self._place)}, [self._world.rank], what)
+        seen = self._seen if self._world.is_main else {self._world.rank: Sighting(self._place)}
+        return _name(seen, _behind(seen), f"not through, and the job was told to end {now - self._told_s:.0f} s ago")
 
     def _forgive(self, now: float) -> None:
         """Wait for everybody anew."""
@@ -295,7 +300,7 @@ class Watchdog:
         if speak:
             _at_most(GONE_S, log.error, WHY, verdict, self._run_dir / STALLS)
             if self._start is not None:
-                _at_most(GONE_S, self._start.end, "failed", None, verdict)
+                _at_most(GONE_S, self._start.end, "failed", verdict)
         _at_most(GONE_S, self._leave_stacks, verdict)
         if speak and self._world.is_main:
             time.sleep(READ_S)

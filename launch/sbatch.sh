@@ -9,5 +9,5 @@ set -uo pipefail
 export FMSCALE_SIGNAL_DELAY_S=90  # as above: by then all ranks have saved and ended
 run_dir=$(python -m fmscale train "$@" --print-config | sed -n 's/^run_dir: //p')
 echo "== job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
-srun --kill-on-bad-exit=0 --wait=20 python -m fmscale train "$@"
+srun --kill-on-bad-exit=0 --wait=10 python -m fmscale train "$@"
 python -m fmscale requeue "$run_dir" $?

@@ -83,16 +83,16 @@ class Submitted(NamedTuple):
         return "".join(path.read_text() for path in (self.run_dir / "slurm").glob(f"*/{self.job}_{rank}_log.out"))
 
     def processes(self, rank: int) -> list[int]:
-        """The trainer of a rank, seen from outside of its node; first of them, where it has others that read."""
+        """A rank, as this machine numbers its processes, and those that it has started."""
         found = []
-        for folder in Path("/proc").iterdir():
+        for folder in Path("/proc").glob("[1-9]*"):
             try:
                 variables = (folder / "environ").read_bytes().split(b"\0")
                 command = (folder / "cmdline").read_bytes()
             except (OSError, NotADirectoryError):
                 continue
             wanted = {f"SLURM_JOB_ID={self.job}".encode(), f"SLURM_PROCID={rank}".encode()}
-            if folder.name.isdecimal() and wanted <= set(variables) and b"/code" in command:
+            if wanted <= set(variables) and b"/code\0" in command and not command.startswith(b"srun"):
                 found.append(int(folder.name))
         return sorted(found)
 
@@ -100,9 +100,9 @@ class Submitted(NamedTuple):
         """Wait for something that the job does before it ends."""
 
         def look() -> bool:
+            state = self.state()
             if reached():
                 return True
-            state = self.state()
             assert state not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), f"{state}: {self.log()}"
             return False
 

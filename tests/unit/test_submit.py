@@ -51,7 +51,7 @@ def test_a_site_that_makes_no_sense_is_refused(values: dict[str, object], said: 
         ((), {"nodes": 17, "tasks_per_node": 2}, "global_batch 32 cannot be split over 34 ranks"),
         (("data.path=/nowhere",), {}, "data: /nowhere: no such folder"),
         (("model.heads=4000",), {}, "run_dir: .* GB are free"),
-        ((), {"write_gb_per_s": 1e-9}, "site.signal_delay_s: 90 leaves 75 s"),
+        ((), {"write_gb_per_s": 1e-9}, "site.signal_delay_s: 90 leaves 65 s"),
         ((), {"time_min": 2}, "site.time_min"),
     ],
 )

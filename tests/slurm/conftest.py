@@ -16,7 +16,7 @@ from slurm.cluster import Cluster, missing, wait_until
 from fmscale.config import TrainConfig, dump
 from fmscale.starts import read
 
-START_S = 240  # four ranks import what they need on two cores
+START_S = 600  # four ranks import what they need on two cores, which may have other work
 SITES = Path(__file__).parents[2] / "launch" / "sites"
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from slurm.cluster import Cluster, wait_until
-from slurm.conftest import Submitted, losses
+from slurm.conftest import START_S, Submitted, losses
 
 from fmscale.config import TrainConfig
 from fmscale.engine.checkpoint import find_all, open_checkpoint, verify
+from fmscale.starts import read
 
 SLOW = ("steps=120", "micro_batch=1", "log.every_steps=1")
-NOTICED_S = 120  # by when Slurm has given a node up and started the job elsewhere
+NOTICED_S = 120  # by when Slurm has given a node up, or taken it back
 
 
 @pytest.fixture
@@ -58,21 +62,47 @@ def test_power_cut(
 def test_a_rank_that_is_left_behind_cannot_write(
     cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[..., dict[int, float]]
 ) -> None:
-    """All ranks of a job train on, on a node that Slurm has given up and a disk that they share with the next start."""
+    """All ranks of a job wake on a node that Slurm has given up, with a disk that they share with the next start."""
     job = start("site.nodes=1", "site.tasks_per_node=4")
     job.wait_for("step 15", lambda: job.steps() >= 15)
-    node, left_behind = job.told()["BatchHost"], job.processes(0)
+    node, left_behind = job.told()["BatchHost"], [job.processes(rank)[0] for rank in range(4)]
     cluster.cut_link(node)
+    for process in left_behind:
+        os.kill(process, signal.SIGSTOP)
     try:
-        wait_until(lambda: job.told()["BatchHost"] not in (node, "") and job.restarts() == 1, "the return", NOTICED_S)
-        assert job.processes(0)[0] == left_behind[0], "nobody was left behind"
-        wait_until(lambda: "so this start of it writes no more" in job.log(), "the fence", NOTICED_S)
+        wait_until(lambda: len(began(job)) == 2, "the job's return", NOTICED_S + START_S)
+        assert job.told()["BatchHost"] != node
+        for process in left_behind:
+            os.kill(process, signal.SIGCONT)
+        wait_until(lambda: "so this start of it writes no more" in job.log(), "the fence", START_S)
         job.wait_for_end()
     finally:
         cluster.mend_link(node)
-        wait_until(lambda: cluster.states()[node] == "idle", "the node's return", 120)
+        wait_until(lambda: cluster.states()[node] == "idle", "the node's return", NOTICED_S)
     assert job.restarts() == 1
+    assert not any(Path(f"/proc/{process}").exists() for process in left_behind)
     check_it_is_the_same_run(job, undisturbed)
+
+
+def test_a_range_of_nodes(
+    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[..., dict[int, float]]
+) -> None:
+    cluster("scontrol", "update", "NodeName=n2,n3", "State=DRAIN", "Reason=test")
+    try:
+        job = start("site.nodes=1-2")
+        job.wait_for("step 15", lambda: job.steps() >= 15)
+    finally:
+        cluster("scontrol", "update", "NodeName=n2,n3", "State=RESUME")
+    cluster("scancel", "--signal=USR2", job.job)
+    job.wait_for_end()
+    assert [record["ranks"] for record in began(job)] == [2, 4]
+    ours, theirs = losses(job.run_dir), undisturbed(*SLOW, "checkpoint.every_steps=1000")
+    assert max(abs(ours[step] - theirs[step]) / theirs[step] for step in theirs) <= 1e-5
+
+
+def began(job: Submitted) -> list[dict[str, Any]]:
+    """The starts of a run."""
+    return [record for record in read(job.run_dir) if "began" in record]
 
 
 @pytest.mark.parametrize(("nodes", "tasks"), [(1, 2), (2, 3)])

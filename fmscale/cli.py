@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from fmscale import __version__
+from fmscale.arguments import finite, positive, width
 from fmscale.errors import OutageError, SharedError, UserError
 
 _PATH_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -101,8 +101,8 @@ def _rank() -> str:
 
 def _overview() -> argparse.ArgumentParser:
     """The parser of `fmscale` itself, which knows the commands' names and no more."""
-    width = max(map(len, COMMANDS))
-    listed = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
+    longest = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:{longest}}  {command.summary}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="fmscale",
         description="Train text-conditioned MMDiT models with rectified flow, from one laptop core to a cluster.",
@@ -153,7 +153,7 @@ def _with_config(args: argparse.Namespace, run: Callable[[Any], object]) -> int:
 
 def _quickstart_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="quickstart", metavar="DIR", help="new folder for everything (%(default)s)")
-    parser.add_argument("--nproc", type=_positive, default=1, metavar="N", help="local ranks that train (%(default)s)")
+    parser.add_argument("--nproc", type=positive, default=1, metavar="N", help="local ranks that train (%(default)s)")
 
 
 def _quickstart(args: argparse.Namespace) -> None:
@@ -163,7 +163,7 @@ def _quickstart(args: argparse.Namespace) -> None:
 def _encode_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
     parser.add_argument(
-        "--nproc", type=_positive, metavar="N", help="start N local workers, one per GPU where there are"
+        "--nproc", type=positive, metavar="N", help="start N local workers, one per GPU where there are"
     )
 
 
@@ -204,8 +204,8 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DATASET", help="indexed folder of latent shards")
     parser.add_argument("--html", default="inspect.html", metavar="FILE", help="page to write (%(default)s)")
     parser.add_argument("--vae", metavar="DIR", help="the VAE that made the latents; the page then shows pictures")
-    parser.add_argument("--samples", type=_positive, default=5000, metavar="N", help="to read (%(default)s)")
-    parser.add_argument("--thumbnails", type=_positive, default=24, metavar="N", help="to decode (%(default)s)")
+    parser.add_argument("--samples", type=positive, default=5000, metavar="N", help="to read (%(default)s)")
+    parser.add_argument("--thumbnails", type=positive, default=24, metavar="N", help="to decode (%(default)s)")
     _pipe_argument(parser)
 
 
@@ -215,7 +215,11 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
-    parser.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks; leave out under a launcher")
+    parser.add_argument("--nproc", type=positive, metavar="N", help="start N local ranks; leave out under a launcher")
+    _allow_arguments(parser)
+
+
+def _allow_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-config-change", action="store_true", help="go on in a run directory although its config differs"
     )
@@ -245,9 +249,62 @@ def _train(args: argparse.Namespace) -> int | None:
 
 def _without_nproc(args: argparse.Namespace) -> list[str]:
     """The command line of one rank."""
+    return [args.command, *_allowed(args), args.config, *args.overrides]
+
+
+def _allowed(args: argparse.Namespace) -> list[str]:
+    """The flags that permit something, as they were given."""
     flags = ("allow_config_change", "allow_append", "allow_pipe")
-    given = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag, False)]
-    return [args.command, *given, args.config, *args.overrides]
+    return [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag, False)]
+
+
+def _submit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("program", metavar="COMMAND", choices=("train", "encode"), help="train or encode")
+    parser.add_argument("config", metavar="CONFIG", help="of that command")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="laid over CONFIG; site.key=value over SITE")
+    parser.add_argument("--site", required=True, metavar="SITE", help="YAML file that says where")
+    parser.add_argument("--dry-run", action="store_true", help="print the batch script and stop")
+    parser.add_argument("--follow", action="store_true", help="show the log of rank 0 until the job has ended")
+    parser.add_argument("--workers", type=positive, metavar="N", help="encode: an array of N tasks shares the work")
+    parser.add_argument("--at-once", type=positive, metavar="N", help="most of them that run at the same time (all)")
+    _allow_arguments(parser)
+
+
+def _submit(args: argparse.Namespace) -> int:
+    submit = _program("submit")
+    more = {"flags": _allowed(args), "workers": args.workers, "at_once": args.at_once}
+    order = submit.read_order(args.program, args.config, args.site, args.overrides, **more)
+    return submit.submit(order, args.dry_run, args.follow)
+
+
+def _status_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", metavar="RUN", nargs="*", help="run directory (those of your jobs)")
+
+
+def _status(args: argparse.Namespace) -> int:
+    return _program("jobs").status(list(map(_path, args.folders)))
+
+
+def _stop_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="run directory, or dataset that is made")
+
+
+def _logs_arguments(parser: argparse.ArgumentParser) -> None:
+    _stop_arguments(parser)
+    parser.add_argument("--rank", type=int, default=0, metavar="N", help="(%(default)s)")
+
+
+def _logs(args: argparse.Namespace) -> int:
+    return _program("logs").show_log(_path(args.folder), args.rank)
+
+
+def _requeue_arguments(parser: argparse.ArgumentParser) -> None:
+    _stop_arguments(parser)
+    parser.add_argument("code", metavar="CODE", type=int, help="exit code of what ran")
+
+
+def _requeue(args: argparse.Namespace) -> int:
+    return _program("requeue").requeue(_path(args.folder), args.code)
 
 
 def _checkpoints_arguments(parser: argparse.ArgumentParser) -> None:
@@ -266,12 +323,12 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default="samples.png", metavar="FILE", help="PNG, prompts under the images (%(default)s)"
     )
-    parser.add_argument("--images", type=_positive, default=4, metavar="N", help="per prompt (%(default)s)")
-    parser.add_argument("--height", type=_positive, metavar="PX", help="(the model's base resolution)")
-    parser.add_argument("--width", type=_positive, metavar="PX")
-    parser.add_argument("--solver-steps", type=_positive, default=28, metavar="N", help="(%(default)s)")
+    parser.add_argument("--images", type=positive, default=4, metavar="N", help="per prompt (%(default)s)")
+    parser.add_argument("--height", type=positive, metavar="PX", help="(the model's base resolution)")
+    parser.add_argument("--width", type=positive, metavar="PX")
+    parser.add_argument("--solver-steps", type=positive, default=28, metavar="N", help="(%(default)s)")
     parser.add_argument("--solver", choices=("euler", "heun"), default="euler", help="(%(default)s)")
-    parser.add_argument("--guidance-scale", type=_finite, default=5.0, help="1 is no guidance (%(default)s)")
+    parser.add_argument("--guidance-scale", type=finite, default=5.0, help="1 is no guidance (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     _weights_arguments(parser)
 
@@ -281,7 +338,7 @@ def _weights_arguments(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--weights", choices=("ema", "raw"), help="of a run (ema)")
     weights.add_argument(
-        "--ema-std", type=_width, metavar="S", help="average over this relative width, made from a run's snapshots"
+        "--ema-std", type=width, metavar="S", help="average over this relative width, made from a run's snapshots"
     )
     parser.add_argument(
         "--vae", metavar="DIR", help="AutoencoderKL folder, where it is no longer where encode found it"
@@ -336,29 +393,6 @@ def _path(text: str) -> Any:
     return Path(text)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, given {text}")
-    return int(text)
-
-
-def _width(text: str) -> float:
-    value = _finite(text)
-    if not 0 < value < 0.28:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 0.28, given {text}")
-    return value
-
-
-def _finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a number, given {text}")
-    return value
-
-
 COMMANDS = {
     "quickstart": Command(
         "bundled real images -> shards -> encode -> train -> sample -> export, on CPU or GPU",
@@ -389,6 +423,36 @@ COMMANDS = {
         "fmscale train quickstart/train.yaml --nproc 2 run_dir=runs/mine steps=200",
         _train_arguments,
         _train,
+    ),
+    "submit": Command(
+        "the same on Slurm; the job saves, leaves and comes back as often as it must",
+        "fmscale submit train configs/sd3_medium_256.yaml --site launch/sites/gpus.yaml site.nodes=4",
+        _submit_arguments,
+        _submit,
+    ),
+    "status": Command(
+        "what Slurm and their folders say of runs",
+        "fmscale status runs/sd3",
+        _status_arguments,
+        _status,
+    ),
+    "stop": Command(
+        "save and end a run on Slurm for good",
+        "fmscale stop runs/sd3",
+        _stop_arguments,
+        lambda args: _program("jobs").stop(_path(args.folder)),
+    ),
+    "logs": Command(
+        "what a rank of a run's last job has printed",
+        "fmscale logs runs/sd3 --rank 3",
+        _logs_arguments,
+        _logs,
+    ),
+    "requeue": Command(
+        "the last line of a batch script: whether its job comes back",
+        "fmscale requeue runs/sd3 1",
+        _requeue_arguments,
+        _requeue,
     ),
     "checkpoints": Command(
         "list a run's checkpoints, and which of them are sound",

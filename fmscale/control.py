@@ -12,7 +12,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor
 
 from fmscale.distributed import STOP_SIGNALS
+from fmscale.starts import SAVE, STOP
 
-STOP, SAVE = "STOP", "SAVE"
 LAST_MINUTE_S = 60
 
 
@@ -40,38 +41,62 @@ class Requests:
     Args:
         run_dir: where files may say it.
         reads_files: True on the one rank that looks for them.
+        hurry: called by another thread as soon as a signal comes, even if this one waits in a collective.
+
+    Attributes:
+        for_good: the end was asked for by the user, by the file or SIGINT, and not by signals that schedulers send.
     """
 
-    def __init__(self, run_dir: Path, reads_files: bool) -> None:
-        self._run_dir, self._reads_files = run_dir, reads_files
-        self._told = self._interrupted = False
+    def __init__(self, run_dir: Path, reads_files: bool, hurry: Callable[[], None] = lambda: None) -> None:
+        self._run_dir, self._reads_files, self._hurry = run_dir, reads_files, hurry
+        self._told = self._interrupted = self.for_good = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take note of signals while the block runs, instead of dying of them."""
+        ear, mouth = os.pipe()
+        os.set_blocking(mouth, False)
         before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        woken = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+        threading.Thread(target=self._wake, args=(ear,), name="signals", daemon=True).start()
         try:
             yield
         finally:
+            signal.set_wakeup_fd(woken)
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
+            os.close(mouth)  # which ends the thread
+
+    def _wake(self, ear: int) -> None:
+        """Read the numbers of signals, which Python writes before it comes to run their handlers."""
+        with os.fdopen(ear, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                if number[0] in STOP_SIGNALS:
+                    self._hurry()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
         self._told, self._interrupted = True, self._interrupted or number == signal.SIGINT
+        self.for_good = self.for_good or self._interrupted
 
     def heard(self) -> Wish:
         """What is asked for now."""
         if not self._reads_files:
             return Wish(self._told)
-        return Wish(self._told or (self._run_dir / STOP).exists(), _take(self._run_dir / SAVE))
+        self.for_good = self.for_good or (self._run_dir / STOP).exists()
+        return Wish(self._told or self.for_good, _take(self._run_dir / SAVE))
 
     def forget_files(self) -> None:
-        """Remove what files asked of an earlier start, or of this one when it ends."""
+        """Remove what files asked of this start, when it ends."""
         if self._reads_files:
-            _take(self._run_dir / STOP)
-            _take(self._run_dir / SAVE)
+            forget_files(self._run_dir)
+
+
+def forget_files(run_dir: Path) -> None:
+    """Remove what files asked of a start of the run that has ended."""
+    _take(run_dir / STOP)
+    _take(run_dir / SAVE)
 
 
 def _take(file: Path) -> bool:

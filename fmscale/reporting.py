@@ -98,6 +98,7 @@ class Reporter:
     def flush(self, bar: Progress) -> None:
         """Write the steps that were noted, and show where the run is."""
         if self.metrics is not None:
+            self.job.start.check()
             report(self.job.config, self.metrics.flush(), bar)
             self._name_slow()
 
@@ -134,6 +135,7 @@ class Reporter:
     def close(self) -> None:
         """Write what is left."""
         if self.metrics is not None:
+            self.job.start.check()
             self.metrics.close()
 
 

@@ -1,6 +1,7 @@
 """A run directory: what is in it, whether a config may go on with it, and how its weights are read back.
 
-RUN/config.yaml       the merged config, written first
+RUN/starts.jsonl      who trains here: one object when a start of the run begins, one when it ends
+    config.yaml       the merged config, written first
     environment.json  versions, git hash, host and devices of the last start
     dataset.json      digest of every shard, of each generation of the data
     metrics.jsonl     one object per optimizer step
@@ -23,10 +24,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fmscale import __version__
+from fmscale import __version__, slurm
 from fmscale.config import TrainConfig, check, dump, flatten, load
 from fmscale.errors import UserError
 from fmscale.files import replace_text
+from fmscale.starts import STARTS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,6 +51,7 @@ FREE_KEYS = {
     "engine.compile",
 }
 DATASET = "dataset.json"
+BEFORE_CONFIG = {STARTS, slurm.FOLDER}  # may be there before the config is
 Result = TypeVar("Result")
 Weights = str | float  # of a run: `ema`, `raw`, or the relative width of an average that is made from snapshots
 FREE_PARTS = ("checkpoint.", "guard.", "log.", "data.remote.", "data.text_encoders.")
@@ -99,7 +102,7 @@ def check_run_dir(config: TrainConfig, allow_changes: bool) -> None:
         raise UserError(f"run_dir: cannot write to {nearest}; give another run_dir")
     written = run_dir / "config.yaml"
     if not written.is_file():
-        if run_dir.is_dir() and any(run_dir.iterdir()):
+        if run_dir.is_dir() and {entry.name for entry in run_dir.iterdir()} - BEFORE_CONFIG:
             raise UserError(f"run_dir: {config.run_dir} is not empty and holds no run; give another run_dir")
         return
     if not any(checkpoints_dir(run_dir).glob("step-*")):
@@ -138,6 +141,9 @@ def environment(devices: list[str]) -> dict[str, Any]:
 
 def git_hash() -> str | None:
     """Commit of the checkout that this code is in, with `-dirty` for local changes; None outside a checkout."""
+    submitted = Path(__file__).parents[1] / "commit"  # beside a copy that `fmscale submit` made
+    if submitted.is_file():
+        return submitted.read_text() or None
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -12,16 +12,16 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fmscale import slurm
 from fmscale.batch import Batch, prefetch
 from fmscale.building import STRICT, Allowed, build_engine, check_checkpoint, check_setup, shards_seen
 from fmscale.config import TrainConfig
-from fmscale.control import Delayed, Requests, Wish, outlive_signals, release_readers
+from fmscale.control import Delayed, Requests, Wish, forget_files, outlive_signals, release_readers
 from fmscale.data.loader import build_loader
 from fmscale.data.order import Split, split
 from fmscale.dataset import Dataset
@@ -29,18 +29,20 @@ from fmscale.distributed import World, barrier, everywhere, same_everywhere, wor
 from fmscale.draws import Draws, draw_noise, draw_step, draw_view, drop_text
 from fmscale.encoders.text import assemble
 from fmscale.engine import checkpoint as checkpoints
-from fmscale.engine.metrics import append, keep_before
+from fmscale.engine.metrics import keep_before
 from fmscale.engine.optim import SIGMA_PREFIX, learning_rate
 from fmscale.engine.saver import Folder, Retention, SaveError, Saver
 from fmscale.engine.statistics import Look
 from fmscale.engine.zero import Engine, init_process_group
 from fmscale.errors import OutageError, SharedError, UserError
+from fmscale.files import append
 from fmscale.flow.loss import velocity_mse
 from fmscale.flow.path import interpolate
 from fmscale.guards import BAD_SAMPLES, LossGuard, Stopwatch, check_damage
 from fmscale.log import get_logger, progress
 from fmscale.reporting import Reporter, announce, device_names, look_at
 from fmscale.runs import checkpoints_dir, snapshots_dir, start_run_dir
+from fmscale.starts import Ending, Start, new_start
 from fmscale.tally import BINS, Tally
 from fmscale.watchdog import Limits, Watchdog, cut_off
 
@@ -57,6 +59,7 @@ class Job(NamedTuple):
         engine: the model under ZeRO.
         world: this process among the ranks.
         portions: how a global batch falls to ranks and micro-batches.
+        start: this one among all starts of the run.
         saver: writes its checkpoints.
         watch: is told where this rank is.
         guard: drops steps whose loss leaps.
@@ -68,6 +71,7 @@ class Job(NamedTuple):
     engine: Engine
     world: World
     portions: Split
+    start: Start
     saver: Saver
     watch: Watchdog
     guard: LossGuard
@@ -89,11 +93,27 @@ def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
     world = world_from_environment()
     dataset = check_setup(config, world.world_size, allowed)
     portions = split(config.global_batch, world.world_size, config.micro_batch)
-    init_process_group(world)
+    with slurm.meeting(world, config.run_dir / slurm.FOLDER):
+        init_process_group(world)
     if not same_everywhere(dataset.mixture.fingerprint, world.device):
         raise UserError(
             f"data: the ranks found different indices in {dataset.mixture.name}; start again when it is whole"
         )
+    begun = new_start(config.run_dir, world)
+    if world.is_main:
+        forget_files(config.run_dir)  # that were meant for a start before this one
+    try:
+        ending = run(config, dataset, world, portions, begun, allowed)
+    except Exception as error:
+        if world.is_main:
+            begun.end("failed", why=str(error) or repr(error))
+        raise
+    if world.is_main:
+        begun.end(ending)
+
+
+def run(config: TrainConfig, dataset: Dataset, world: World, portions: Split, begun: Start, allowed: Allowed) -> Ending:
+    """What `train` does once the ranks have found one another; returns how it ended."""
     engine = build_engine(config, world.device, portions.micro_batch)
     guard = LossGuard(BINS, config.guard.max_loss_ratio, world.device)
     start, dataset = resume(config, dataset, engine, guard, world, allowed)
@@ -101,12 +121,12 @@ def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
         checkpoints.discard_after(snapshots_dir(config.run_dir), start)  # they are written again
         start_run_dir(config, device_names(world), shards_seen(config, dataset))
     retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_steps)
-    saver = Saver(checkpoints_dir(config.run_dir), world, retention, config.checkpoint.private)
-    limits = Limits(config.guard.silent_s, config.guard.stalled_s)
+    saver = Saver(checkpoints_dir(config.run_dir), world, retention, config.checkpoint.private, begun.name, begun.check)
+    limits = Limits(config.guard.silent_s, config.guard.stalled_s, slurm.leave_s(slurm.signal_delay_s()))
     try:
-        with Watchdog(world, config.run_dir, limits, working=lambda: saver.progress) as watch:
-            tools = saver, watch, guard, Stopwatch(world.device)
-            loop(Job(config, dataset.to(world.device), engine, world, portions, *tools), start)
+        with Watchdog(world, config.run_dir, limits, lambda: saver.progress, begun) as watch:
+            tools = begun, saver, watch, guard, Stopwatch(world.device)
+            return loop(Job(config, dataset.to(world.device), engine, world, portions, *tools), start)
     except BaseException as error:
         release_readers()  # else they would hold this process up for a minute
         saver.abandon()
@@ -169,7 +189,8 @@ def settle(job: Job, recent: Sequence[StepResult], streak: Streak) -> Streak:
         else:
             streak = streak._replace(skipped=streak.skipped + 1)
             keys = [key for key in result.keys if key]
-            append(job.config.run_dir / SKIPPED, [{"step": result.step + 1, "keys": keys}])
+            job.start.check()
+            append(job.config.run_dir / SKIPPED, {"step": result.step + 1, "keys": keys})
     if streak.skipped < job.config.guard.max_skipped_steps:
         return streak
     go_back(job, recent[-1].step + 1, streak)
@@ -203,12 +224,12 @@ def go_back(job: Job, done: int, streak: Streak) -> None:
     log.error("step %d: back to the weights of %s; the data goes on", done, found.path)
 
 
-def loop(job: Job, start: int) -> None:
-    """Steps `start` … `config.steps`, with metrics and checkpoints."""
+def loop(job: Job, start: int) -> Ending:
+    """Steps `start` … `config.steps`, with metrics and checkpoints; returns how it ended."""
     config = job.config
     if start >= config.steps:
         log.info("nothing to do: %d of %d steps are done; raise `steps` to train on", start, config.steps)
-        return
+        return "done"
     announce(job, start)
     if job.world.is_main:
         for name in (BAD_SAMPLES, SKIPPED):
@@ -217,8 +238,7 @@ def loop(job: Job, start: int) -> None:
     batches = batches_of(job, start)
     bad = torch.zeros((), device=job.world.device)
     reporter = Reporter(job, start)
-    requests, agreed = Requests(config.run_dir, reads_files=job.world.is_main), Delayed()
-    requests.forget_files()  # asked of a start before this one
+    requests, agreed = Requests(config.run_dir, job.world.is_main, job.watch.hurry), Delayed()
     done, streak, recent = start, Streak(), list[StepResult]()
     with progress("loss {task.fields[loss]:.4f} · {task.fields[rate]:.1f} images/s") as bar, requests.listening():
         bar.add_task("train", total=config.steps, completed=start, loss=float("nan"), rate=0.0)
@@ -253,8 +273,9 @@ def loop(job: Job, start: int) -> None:
             raise SharedError(f"{error}; mend that, then run the same command again") from error
         reporter.close()
         requests.forget_files()
-    ending = "done" if done == config.steps else "stopped as asked, the same command goes on from here"
-    log.info("%s: %d steps, %s images, in %s", ending, done, f"{done * config.global_batch:,}", config.run_dir)
+    said = "done" if done == config.steps else "stopped as asked, the same command goes on from here"
+    log.info("%s: %d steps, %s images, in %s", said, done, f"{done * config.global_batch:,}", config.run_dir)
+    return "done" if done == config.steps else "stopped" if requests.for_good else "left"
 
 
 def batches_of(job: Job, start: int) -> Iterator[Batch]:
@@ -344,7 +365,7 @@ def next_batch(job: Job, batches: Iterator[Batch], step: int) -> tuple[Batch, fl
     waited = time.perf_counter() - asked
     job.watch.at(step, "in a micro-batch")
     assert batch.step == step, f"the loader is at step {batch.step}, the trainer at {step}"
-    _name_bad(job.config.run_dir, batch)
+    _name_bad(job, batch)
     return batch, waited
 
 
@@ -421,9 +442,11 @@ def wait_for_save(job: Job) -> None:
             log.error("%s; the run goes on", error)
 
 
-def _name_bad(run_dir: Path, batch: Batch) -> None:
+def _name_bad(job: Job, batch: Batch) -> None:
     """Name the damaged samples of a micro-batch, in the log and in the run's list."""
     for sample in batch.bad:
         log.warning("bad sample %s in %s has weight 0: %s", sample.key, sample.shard, sample.reason)
     if batch.bad:
-        append(run_dir / BAD_SAMPLES, [{"step": batch.step + 1, **asdict(sample)} for sample in batch.bad])
+        job.start.check()
+        bad = [{"step": batch.step + 1, **asdict(sample)} for sample in batch.bad]
+        append(job.config.run_dir / BAD_SAMPLES, *bad)

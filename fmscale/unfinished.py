@@ -28,6 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fmscale import slurm
 from fmscale.claims import Claims, link
 from fmscale.data.index import UNFINISHED
 from fmscale.data.index_build import index_shard, join_index
@@ -38,6 +39,7 @@ from fmscale.log import get_logger
 
 log = get_logger(__name__)
 MANIFEST, RECORD, FAILURES = "manifest.json", "record.json", "failures.jsonl"
+BEFORE = {UNFINISHED, slurm.FOLDER}  # may be there before anything is said of what is made
 FINISH = ".finish"  # no unit's name holds a dot; claimed by the one that puts everything in place
 POLLS = 60  # looks at what others do, in the time after which a claim is dead
 MAX_POLL_S = 5.0
@@ -77,7 +79,7 @@ def check_same(out: Path, description: Mapping[str, Any]) -> None:
         UserError: names the first thing that differs.
     """
     job = _read_job(out)
-    if job is None and (not out.exists() or (out.is_dir() and {entry.name for entry in out.iterdir()} <= {UNFINISHED})):
+    if job is None and (not out.exists() or (out.is_dir() and {entry.name for entry in out.iterdir()} <= BEFORE)):
         return
     if job is None:
         raise UserError(f"{out} exists already; give another folder, or remove it first")

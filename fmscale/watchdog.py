@@ -29,11 +29,14 @@ from typing import NamedTuple
 import torch
 
 from fmscale.distributed import World, barrier, from_main
+from fmscale.errors import OutageError
 from fmscale.log import get_logger
+from fmscale.starts import Start
 
 log = get_logger(__name__)
 STALLS = "stalls"  # in the run directory: the stacks of each rank when the job was ended
 BEAT_S = 1.0
+SEEN_BEATS = 10  # between two that are seen in the run directory
 GONE_S = 4.0  # silence that tells, once a connection has broken or a rank has failed
 READ_S = 3.0  # in which every rank has read a verdict: two threads look once a second each
 CONNECT_S = 300.0
@@ -81,10 +84,12 @@ class Limits(NamedTuple):
     Attributes:
         silent_s: it has not been heard of for so long.
         stalled_s: no rank has moved on for so long.
+        leave_s: it was told to end so long ago, and the job's time is nearly over.
     """
 
     silent_s: float
     stalled_s: float
+    leave_s: float = math.inf
 
 
 @dataclass
@@ -126,13 +131,18 @@ def judge(seen: Mapping[int, Sighting], now_s: float, limits: Limits) -> str:
     still_s = now_s - max(one.moved_s for one in seen.values())
     if still_s <= limits.stalled_s:
         return ""
-    least = min(one.place.moves for one in seen.values())
-    behind = [rank for rank, one in seen.items() if one.place.moves == least]
+    behind = _behind(seen)
     if len(behind) == len(seen) > 1:
         place = seen[0].place
         where = f"all are in step {place.step}, {place.doing}"
         return f"no rank has moved on for {still_s:.0f} s (guard.stalled_s), {where}"
     return _name(seen, behind, f"not moved on for {still_s:.0f} s (guard.stalled_s)")
+
+
+def _behind(seen: Mapping[int, Sighting]) -> list[int]:
+    """The ranks that have come least far."""
+    least = min(one.place.moves for one in seen.values())
+    return [rank for rank, one in seen.items() if one.place.moves == least]
 
 
 def _name(seen: Mapping[int, Sighting], ranks: list[int], what: str) -> str:
@@ -153,10 +163,20 @@ class Watchdog:
         run_dir: where the stacks go.
         limits: when a rank is given up.
         working: a number that grows while this rank is busy with something long, as a slow disk makes of a save.
+        start: of the run, which is told of a verdict, and asked whether this rank may still write.
     """
 
-    def __init__(self, world: World, run_dir: Path, limits: Limits, working: Callable[[], int] = int) -> None:
+    def __init__(
+        self,
+        world: World,
+        run_dir: Path,
+        limits: Limits,
+        working: Callable[[], int] = int,
+        start: Start | None = None,
+    ) -> None:
         self._world, self._run_dir, self._limits, self._working = world, run_dir, limits, working
+        self._start = start
+        self._told_s = math.inf
         self._place = Place(host=socket.gethostname())  # of the loop's thread, which alone changes it
         self._beats = 0
         if not world.is_main:  # rank 0 judges who is behind
@@ -174,6 +194,10 @@ class Watchdog:
             doing: what it is busy with from now on.
         """
         self._place = self._place._replace(moves=self._place.moves + 1, step=step + 1, doing=doing)
+
+    def hurry(self) -> None:
+        """The job was told to end; called by any thread."""
+        self._told_s = min(self._told_s, time.monotonic())
 
     def _join(self) -> torch.distributed.TCPStore:
         address, patience = os.environ["MASTER_ADDR"], timedelta(seconds=CONNECT_S)
@@ -233,6 +257,8 @@ class Watchdog:
             except RuntimeError:  # rank 0 has gone, and its store with it
                 continue
             now = time.monotonic()
+            if self._start is not None and self._world.is_main and self._beats % SEEN_BEATS == 0:
+                self._start.touch()
             self._verdict = texts[0].decode()
             for one, text in zip(self._seen.values(), texts[1:], strict=True):
                 one.see(Place.parse(text.decode()), now)
@@ -249,9 +275,17 @@ class Watchdog:
             seen = self._seen
             if self._place.trouble and not self._world.is_main:
                 seen = {**seen, self._world.rank: Sighting(self._place, now, now)}
-            found = judge(seen, now, self._limits)
+            found = judge(seen, now, self._limits) or self._late(now)
             if (self._verdict or found) and not self._over.is_set():
                 self._end(self._verdict or found, speak=not self._verdict)
+
+    def _late(self, now: float) -> str:
+        """Whether the job's end is near and it is not through; rank 0, which sees all ranks, says so first."""
+        late_s = now - self._told_s - self._limits.leave_s
+        if late_s <= (0 if self._world.is_main else READ_S):
+            return ""
+        seen = self._seen if self._world.is_main else {self._world.rank: Sighting(self._place)}
+        return _name(seen, _behind(seen), f"not through, and the job was told to end {now - self._told_s:.0f} s ago")
 
     def _forgive(self, now: float) -> None:
         """Wait for everybody anew."""
@@ -265,6 +299,8 @@ class Watchdog:
                 self._store.set(VERDICT, verdict)
         if speak:
             _at_most(GONE_S, log.error, WHY, verdict, self._run_dir / STALLS)
+            if self._start is not None:
+                _at_most(GONE_S, self._start.end, "failed", verdict)
         _at_most(GONE_S, self._leave_stacks, verdict)
         if speak and self._world.is_main:
             time.sleep(READ_S)
@@ -272,7 +308,9 @@ class Watchdog:
 
     def _leave_stacks(self, verdict: str) -> None:
         folder = self._run_dir / STALLS
-        with suppress(OSError):
+        with suppress(OSError, OutageError):
+            if self._start is not None:
+                self._start.check()
             folder.mkdir(exist_ok=True)
             with (folder / f"rank-{self._world.rank:05d}.txt").open("w") as file:
                 file.write(f"{verdict}\nthis rank: step {self._place.step}, {self._place.doing}\n\n")

@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# Slurm: sbatch --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 launch/sbatch.sh CONFIG [key=value …]
+# What `fmscale submit train` does, by hand:
+# sbatch --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 launch/sbatch.sh CONFIG [key=value …]
 #SBATCH --job-name=fmscale
-set -euo pipefail
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-exec srun --kill-on-bad-exit=1 python -m fmscale train "$@"
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=USR2@90
+set -uo pipefail
+export FMSCALE_SIGNAL_DELAY_S=90  # as above: by then all ranks have saved and ended
+run_dir=$(python -m fmscale train "$@" --print-config | sed -n 's/^run_dir: //p')
+echo "== job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
+srun --kill-on-bad-exit=0 --wait=10 python -m fmscale train "$@"
+python -m fmscale requeue "$run_dir" $?

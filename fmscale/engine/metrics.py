@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -159,13 +158,3 @@ def keep_before(path: Path, first_step: int) -> list[dict[str, Any]]:
     if path.is_file():
         replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
-
-
-def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Add lines to a file that other ranks add lines to as well, each line in one write."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        for record in records:
-            os.write(descriptor, (json.dumps(record) + "\n").encode())
-    finally:
-        os.close(descriptor)

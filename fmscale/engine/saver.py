@@ -99,10 +99,20 @@ class Saver:
         world: this rank among the others; all of them make a saver at the same point, and make the same calls.
         retention: which checkpoints stay.
         private: only the user may read the files.
+        start: a name that no other start of the run has; it is in the names of folders that are being written.
+        permit: raises where this start may not write any more.
     """
 
-    def __init__(self, root: Path, world: World, retention: Retention, private: bool = True) -> None:
-        self._world, self._private = world, private
+    def __init__(
+        self,
+        root: Path,
+        world: World,
+        retention: Retention,
+        private: bool = True,
+        start: str = "",
+        permit: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._world, self._private, self._start, self._permit = world, private, start, permit
         self.checkpoints = Folder(root, retention)
         several = torch.distributed.is_initialized() and world.world_size > 1
         self._group = torch.distributed.new_group(backend="gloo") if several else None
@@ -205,7 +215,7 @@ class Saver:
     def _write(self, folder: Folder, snapshot: Snapshot, index: dict[str, Any]) -> None:
         """Every rank's partition, then the index, then the final name; every rank returns when the folder has it."""
         final = folder.root / f"step-{index['step']:08d}"
-        temporary = folder.root / f"{WRITING}{final.name}"
+        temporary = folder.root / f"{WRITING}{final.name}{self._start and '-'}{self._start}"
         rank, count = self._world.rank, self._world.world_size
         names = [f"partition-{r:05d}-of-{count:05d}.safetensors" for r in range(count)]
         need = int(total(torch.tensor([snapshot.bytes]), self._group))
@@ -223,8 +233,13 @@ class Saver:
 
     def _everywhere(self, what: Path, action: Callable[[], Result]) -> Result:
         """Do `action` on this rank; raise on every rank if it failed on any. Returns when all ranks have done it."""
+
+        def permitted() -> Result:
+            self._permit()
+            return action()
+
         try:
-            return everywhere(action, torch.device("cpu"), self._group)
+            return everywhere(permitted, torch.device("cpu"), self._group)
         except Exception as error:
             said = str(error) if isinstance(error, SharedError) else repr(error)
             raise SaveError(f"{what}: the checkpoint could not be written: {said}") from error

@@ -28,6 +28,23 @@ def test_help_imports_no_heavy_library() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_what_runs_where_one_logs_in_needs_no_torch(make_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config, site = tmp_path / "train.yaml", Path(__file__).parents[2] / "launch" / "sites" / "cpus.yaml"
+    config.write_text(dump(make_config(tmp_path / "run")))
+    (tmp_path / "other" / "slurm").mkdir(parents=True)
+    for words in (
+        ["submit", "train", str(config), "--site", str(site), "--dry-run"],
+        *([command, str(tmp_path / "other")] for command in ("status", "stop", "logs")),
+        ["requeue", str(tmp_path / "other"), "0"],
+    ):
+        program = (
+            f"import sys\nfrom fmscale.cli import main\nmain({words})\n"
+            "print(sorted({'torch', 'deepspeed', 'transformers', 'webdataset'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]", (words, done.stdout, done.stderr)
+
+
 def test_an_unknown_command_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["trian"])

@@ -1,0 +1,32 @@
+"""Numbers on a command line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, on a command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, given {text}")
+    return int(text)
+
+
+def width(text: str) -> float:
+    """A relative width of an average."""
+    value = finite(text)
+    if not 0 < value < 0.28:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 0.28, given {text}")
+    return value
+
+
+def finite(text: str) -> float:
+    """A number, neither infinite nor none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a number, given {text}")
+    return value

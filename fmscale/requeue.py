@@ -1,0 +1,110 @@
+"""The last line of a batch script: whether its job comes back.
+
+    the program ended well              no
+    it was told to leave, by a signal   yes: Slurm's time is over, or another job's has come
+    it failed                           yes, unless it has failed twice without getting any further
+
+A failure is written down in FOLDER/slurm, with how far the work had come.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from fmscale import slurm
+from fmscale.errors import UserError
+from fmscale.files import append
+from fmscale.slurm import Task, this_task
+from fmscale.starts import BEGAN, ENDED, read, updates_saved
+
+FAILURES = "failures.jsonl"
+ENOUGH = 2  # failures in a row without progress
+LEFT_CODES = (130, 128 + signal.SIGUSR2)  # `encode` was interrupted; a rank was signalled before it could listen
+NO_MORE = "this was the second time in a row without progress, so it stops"
+OPENING = "== job"  # the batch script's first line in the log of each start
+
+
+def requeue(folder: Path, code: int) -> int:
+    """Have this job started again where it is worth it.
+
+    Args:
+        folder: the run directory, or the dataset that is made.
+        code: with which the program ended.
+
+    Returns:
+        The job's exit code, where it does not come back.
+
+    Raises:
+        UserError: this is no job of Slurm's.
+        OutageError: Slurm does not answer, the job was cancelled, or it runs elsewhere by now.
+    """
+    task = this_task()
+    if task is None:
+        raise UserError("this is not a job of Slurm's; `requeue` is for the end of a batch script")
+    ended = _of(task, folder, ENDED)
+    how = ended.get("how", "done" if code == 0 else "failed")
+    if how in ("done", "stopped"):
+        return code
+    job = slurm.own_job(task)
+    again = how == "left" or code in LEFT_CODES or job.get("PreemptTime", "None") != "None"
+    said = "left as asked"
+    if not again:
+        why = ended.get("why") or cause(Path(job.get("StdOut", "")), code)
+        again, said = _note(task, folder, code, why) < ENOUGH, f"failed: {why}"
+    print(f"{OPENING} {task.job} {said}; {'requeued' if again else NO_MORE}", flush=True)
+    if again:
+        slurm.requeue(task)
+    return code
+
+
+def _of(task: Task, folder: Path, kind: str) -> dict[str, Any]:
+    """What this start of the job has written of itself, or nothing."""
+    mine = f"{task.job}.{task.restart}."
+    return next((record for record in reversed(read(folder)) if str(record.get(kind, "")).startswith(mine)), {})
+
+
+def _note(task: Task, folder: Path, code: int, why: str) -> int:
+    """Write a failure down; returns how many there were in a row without progress, this one included."""
+    place = folder / slurm.FOLDER / FAILURES
+    before = [record for record in failures(folder) if record["job"] == task.job]
+    reached = progress(folder)
+    began = _of(task, folder, BEGAN)
+    last = before[-1]["reached"] if before else began.get("updates", reached)
+    idle = 0 if reached > last else 1 + (before[-1]["idle"] if before else 0)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"time": time.time(), "code": code, "reached": reached, "idle": idle, "why": why}
+    append(place, {"job": task.job, "restart": task.restart, **facts})
+    return idle
+
+
+def failures(folder: Path) -> list[dict[str, Any]]:
+    """The failures of all jobs that worked in a folder, oldest first."""
+    try:
+        lines = (folder / slurm.FOLDER / FAILURES).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
+
+
+def progress(folder: Path) -> int:
+    """How far the work in a folder has come: updates of a run that were saved, units of a dataset that are done."""
+    done = folder / "unfinished" / "done"
+    return updates_saved(folder) + (len(list(done.iterdir())) if done.is_dir() else 0)
+
+
+def cause(log: Path, code: int) -> str:
+    """The line of a job's log that says why its last start failed."""
+    try:
+        said = log.read_text(encoding="utf-8", errors="replace").rpartition(OPENING)[2].splitlines()
+    except OSError:
+        said = []
+    signs = (r"fmscale \w+: ", r"srun: error: .*task.*: (?!Terminated)", r"\w+(\.\w+)*(Error|Exception)\b")
+    for sign in signs:
+        if lines := [line for line in said if re.match(sign, line)]:
+            return lines[0 if sign.startswith("srun") else -1]
+    return f"exit code {code}"

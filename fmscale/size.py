@@ -1,0 +1,35 @@
+"""How large a network and its checkpoints are, in closed form: nothing is built, and torch stays out."""
+
+from __future__ import annotations
+
+from fmscale.config import ModelConfig, TrainConfig
+
+TIMESTEP_FEATURES = 256
+
+
+def mmdit_parameters(model: ModelConfig) -> int:
+    """Parameters of an `MMDiT`."""
+    width, patch = model.heads * model.head_dim, model.latent_channels * model.patch_size**2
+    square = width**2
+    attention = 4 * square + 4 * width + (2 * model.head_dim if model.qk_norm else 0)  # queries, keys, values, output
+    stream = (6 * square + 6 * width) + attention + (8 * square + 5 * width)  # modulation, attention, MLP
+    last = (2 * square + 2 * width) + attention - (square + width)
+    dual = (3 * square + 3 * width) + attention
+    blocks = (2 * model.layers - 1) * stream + last + len(set(model.dual_attention_layers)) * dual
+    embeddings = _linear(patch, width) + _linear(model.context_dim, width)
+    for given in (TIMESTEP_FEATURES, model.pooled_dim):
+        embeddings += _linear(given, width) + _linear(width, width)
+    return embeddings + blocks + _linear(width, 2 * width) + _linear(width, patch)
+
+
+def _linear(given: int, out: int) -> int:
+    return given * out + out
+
+
+PARAMETERS = {"mmdit": mmdit_parameters}
+
+
+def checkpoint_bytes(config: TrainConfig) -> int:
+    """Bytes of a checkpoint: weights, two moments and each average, in fp32."""
+    kinds = 3 + len(config.ema.decays) + len(config.ema.sigma_rels)
+    return 4 * kinds * PARAMETERS[config.model.family](config.model)

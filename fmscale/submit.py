@@ -1,0 +1,196 @@
+"""`fmscale submit`: checks, a copy of the code, and a batch script whose last line decides whether the job comes back.
+
+    FOLDER/slurm/DATE-TIME/code/          the package as it was: a job that comes back runs what was submitted
+                           COMMAND.yaml   the merged config
+                           site.yaml      the merged site file
+                           job.sh         the batch script
+                           job.json       what Slurm made of it
+                           JOB_RANK_log.out
+
+FOLDER is the run directory, or the dataset that is made. Nothing here is pickled; submitit writes the script.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fmscale import config as configs
+from fmscale import slurm
+from fmscale.beforehand import check_encode, check_train
+from fmscale.errors import UserError
+from fmscale.jobs import MARK
+from fmscale.log import get_logger
+from fmscale.logs import follow
+from fmscale.requeue import OPENING
+from fmscale.runs import git_hash
+from fmscale.section import dump
+from fmscale.site import Site, processes_per_node
+
+log = get_logger(__name__)
+MAIN = """from fmscale.__main__ import main
+
+if __name__ == "__main__":
+    main()
+"""
+WAIT_S = 10  # from the end of a rank to that of the others, which name it meanwhile
+
+
+class Order(NamedTuple):
+    """What is to be submitted.
+
+    Attributes:
+        command: `train` or `encode`.
+        config: of the command.
+        site: where it runs.
+        flags: of the command, such as `--allow-append`.
+        workers: tasks of an array that share the work; None for one job.
+        at_once: most of them that run at the same time; None for all.
+    """
+
+    command: str
+    config: Any
+    site: Site
+    flags: Sequence[str] = ()
+    workers: int | None = None
+    at_once: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        """What the work is about: the run directory, or the dataset that is made."""
+        folder: Path = self.config.run_dir if self.command == "train" else self.config.out
+        return folder.absolute()
+
+
+def read_order(command: str, config: str, site: str, overrides: Sequence[str], **more: Any) -> Order:
+    """What a command line asks for.
+
+    Args:
+        command: `train` or `encode`.
+        config, site: YAML files.
+        overrides: `key=value` for the config, `site.key=value` for the site.
+        more: the other attributes of `Order`.
+
+    Raises:
+        UserError: as `config.load` does.
+    """
+    for_site = [override.removeprefix("site.") for override in overrides if override.startswith("site.")]
+    for_config = [override for override in overrides if not override.startswith("site.")]
+    loaded = configs.load(configs.CONFIGS[command], config, for_config)
+    return Order(command, loaded, configs.load(Site, site, for_site), **more)
+
+
+def submit(order: Order, dry_run: bool = False, then_follow: bool = False) -> int:
+    """Check an order and submit it.
+
+    Args:
+        order: what to run where.
+        dry_run: print the batch script, and write nothing.
+        then_follow: show the log of rank 0 until the job has ended.
+
+    Returns:
+        Exit code: 0, or that of `follow`.
+
+    Raises:
+        UserError: the job could not run; says which key is wrong.
+        OutageError: Slurm refuses it, or does not answer.
+    """
+    check = check_train if order.command == "train" else check_encode
+    check(order.config, order.site)
+    folder = order.folder / slurm.FOLDER / time.strftime("%Y-%m-%d-%H%M%S")
+    script = batch_script(order, folder)
+    if dry_run:
+        print(script, end="")
+        return 0
+    try:
+        write(order, folder, script)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    job = slurm.ask("sbatch", "--parsable", str(folder / "job.sh")).strip().partition(";")[0]
+    facts = {"job": int(job), "command": order.command, "workers": order.workers, "time": time.time()}
+    (folder / "job.json").write_text(json.dumps(facts) + "\n")
+    log.info("job %s: %s, with logs in %s", job, order.folder, folder)
+    return follow(order.folder) if then_follow else 0
+
+
+def write(order: Order, folder: Path, script: str) -> None:
+    """Leave everything that the job needs in a new folder, which only the user may read."""
+    folder.parent.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700)
+    package = Path(__file__).parent
+    shutil.copytree(package, folder / "code" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "code" / "__main__.py").write_text(MAIN)
+    (folder / "code" / "commit").write_text(git_hash() or "")
+    (folder / f"{order.command}.yaml").write_text(dump(order.config))
+    (folder / "site.yaml").write_text(dump(order.site))
+    (folder / "job.sh").write_text(script)
+
+
+def batch_script(order: Order, folder: Path) -> str:
+    """What `sbatch` is given.
+
+    Args:
+        order: what to run where.
+        folder: of this submission.
+    """
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    site, array = order.site, order.workers is not None
+    program = f"{shlex.quote(python(site))} {shlex.quote(str(folder / 'code'))}"
+    words = [order.command, *order.flags, str(folder / f"{order.command}.yaml")]
+    per_node = 1 if array else processes_per_node(site)
+    # Ranks wait for one another; workers that share nothing go on where one has ended.
+    together = (f"--wait={WAIT_S}",) if order.command == "train" else ("--wait=0",)
+    srun = ("--kill-on-bad-exit=0", *together, "--open-mode=append", f"--cpus-per-task={site.cpus_per_task}")
+    text: str = _make_sbatch_string(
+        command=f"{program} {shlex.join(words)}",
+        folder=folder,
+        job_name=order.folder.name,
+        comment=f"{MARK}{order.folder}",
+        partition=site.partition,
+        account=site.account,
+        qos=site.qos,
+        time=site.time_min,
+        ntasks_per_node=per_node,
+        cpus_per_task=site.cpus_per_task,
+        gpus_per_node=min(site.gpus_per_node, per_node) or None,
+        mem=None if site.mem_gb is None else f"{round(1024 * site.mem_gb * per_node / processes_per_node(site))}M",
+        signal_delay_s=site.signal_delay_s,
+        setup=setup(site),
+        teardown=[f"{program} requeue {shlex.quote(str(order.folder))} $?"],
+        map_count=order.workers,
+        array_parallelism=order.at_once or order.workers or 1,
+        stderr_to_stdout=True,
+        wckey=None,  # type: ignore[arg-type]
+        srun_args=[*srun, *site.srun],
+        additional_parameters={"nodes": 1 if array else site.nodes, "requeue": True, **site.sbatch},
+    )
+    return f"{text}\n"
+
+
+def setup(site: Site) -> list[str]:
+    """Lines of shell before `srun`."""
+    lines = [
+        f'echo "{OPENING} $SLURM_JOB_ID, restart ${{SLURM_RESTART_COUNT:-0}}, on $SLURM_JOB_NODELIST"',
+        "umask 077",
+    ]
+    lines += [f"module load {shlex.quote(module)}" for module in site.modules]
+    lines += [f"source {shlex.quote(str(site.venv / 'bin' / 'activate'))}"] if site.venv else []
+    lines += [f"export {slurm.DELAY}={site.signal_delay_s} OMP_NUM_THREADS={site.cpus_per_task}"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
+    return [*lines, *site.setup]
+
+
+def python(site: Site) -> str:
+    """The interpreter of the nodes."""
+    if site.python:
+        return site.python
+    return str(site.venv / "bin" / "python") if site.venv else os.path.abspath(sys.executable)

@@ -1,0 +1,70 @@
+"""Slurm sends a job away, for whatever reason, and it comes back as if it had never left."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from slurm.cluster import Cluster
+from slurm.conftest import Submitted, losses
+
+from fmscale.config import TrainConfig
+
+# Two steps a second; nothing is saved before the end but what signals ask for.
+SLOW = ("steps=120", "micro_batch=1", "log.every_steps=1", "checkpoint.every_steps=1000")
+
+
+@pytest.fixture
+def start(
+    make_config: Callable[..., TrainConfig], tmp_path: Path, submit: Callable[..., Submitted]
+) -> Callable[..., Submitted]:
+    """Submits the slow run; overrides of the site."""
+    return lambda *overrides: submit(make_config(tmp_path / "run", *SLOW), *overrides)
+
+
+def train_until(job: Submitted, steps: int) -> None:
+    job.wait_for(f"step {steps}", lambda: job.steps() >= steps)
+
+
+def check_nothing_was_lost(job: Submitted, undisturbed: Callable[..., dict[int, float]], left: int) -> None:
+    """The run left so many times, was done in the end, went on with the next step each time, and is the same run."""
+    assert job.endings() == ["left"] * left + ["done"], job.log()
+    assert job.restarts() == left
+    starts = [int(step) for step in re.findall(r"^run .* steps (\d+) to 120$", job.log(), flags=re.MULTILINE)]
+    stops = [int(step) for step in re.findall(r"^stopped as asked.*: (\d+) steps", job.log(), flags=re.MULTILINE)]
+    assert starts == [0, *stops]
+    shown = [int(step) for step in re.findall(r"^step (\d+) of 120", job.log(), flags=re.MULTILINE)]
+    assert shown == list(range(1, 121)), "a step was lost, or done twice"
+    assert losses(job.run_dir) == undisturbed(*SLOW)
+
+
+def test_three_signals(
+    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[..., dict[int, float]]
+) -> None:
+    job = start()
+    for times in (1, 2, 3):
+        train_until(job, 25 * times)
+        cluster("scancel", "--signal=USR2", job.job)
+        job.wait_for("the job's return", lambda times=times: job.restarts() == times)
+    job.wait_for_end()
+    check_nothing_was_lost(job, undisturbed, left=3)
+
+
+def test_preemption(
+    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[..., dict[int, float]]
+) -> None:
+    job = start("site.partition=low")
+    train_until(job, 20)
+    cluster("sbatch", "--partition=high", "--exclusive", "--nodes=3", "--output=/dev/null", "--wrap=sleep 3")
+    job.wait_for("the job's return", lambda: job.restarts() == 1)
+    job.wait_for_end()
+    check_nothing_was_lost(job, undisturbed, left=1)
+
+
+def test_time_limit(start: Callable[..., Submitted], undisturbed: Callable[..., dict[int, float]]) -> None:
+    job = start("site.time_min=2", "site.signal_delay_s=60")
+    job.wait_for_end()
+    assert job.restarts() >= 1
+    check_nothing_was_lost(job, undisturbed, left=job.restarts())

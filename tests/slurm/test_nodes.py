@@ -1,0 +1,129 @@
+"""Nodes go away, with a bang or in silence, and other numbers of them come back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm.cluster import Cluster, wait_until
+from slurm.conftest import START_S, Submitted, losses
+
+from fmscale.config import TrainConfig
+from fmscale.engine.checkpoint import find_all, open_checkpoint, verify
+from fmscale.starts import read
+
+SLOW = ("steps=120", "micro_batch=1", "log.every_steps=1")
+NOTICED_S = 120  # by when Slurm has given a node up, or taken it back
+
+
+@pytest.fixture
+def start(
+    make_config: Callable[..., TrainConfig], tmp_path: Path, submit: Callable[..., Submitted]
+) -> Callable[..., Submitted]:
+    """Submits the slow run, which saves every ten steps; overrides of the site."""
+    return lambda *site: submit(make_config(tmp_path / "run", *SLOW, "checkpoint.every_steps=10"), *site)
+
+
+def check_it_is_the_same_run(job: Submitted, undisturbed: Callable[..., dict[int, float]]) -> None:
+    """The same losses, each step once, and nothing in the run directory that is not whole."""
+    assert losses(job.run_dir) == undisturbed(*SLOW, "checkpoint.every_steps=1000")
+    folders = find_all(job.run_dir / "checkpoints")
+    assert folders[-1].name == "step-00000120"
+    assert {entry.name for entry in (job.run_dir / "checkpoints").iterdir()} == {folder.name for folder in folders}
+    for folder in folders:
+        verify(open_checkpoint(folder))
+
+
+def test_power_cut(
+    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[..., dict[int, float]]
+) -> None:
+    job = start()
+    job.wait_for("step 15", lambda: job.steps() >= 15)
+    node = "n2" if job.told()["BatchHost"] == "n1" else "n3"
+    cluster.cut_power(node)
+    try:
+        wait_until(lambda: job.restarts() >= 1, "the job's return", NOTICED_S)
+        job.wait_for_end()
+    finally:
+        cluster.power_on(node)
+        wait_until(lambda: cluster.states()[node] == "idle", "the node's return")
+    resumed = re.findall(r"^run .* steps (\d+) to 120$", job.log(), flags=re.MULTILINE)
+    assert resumed[0] == "0"
+    assert int(resumed[-1]) >= 10
+    check_it_is_the_same_run(job, undisturbed)
+
+
+def test_a_rank_that_is_left_behind_cannot_write(
+    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[..., dict[int, float]]
+) -> None:
+    """All ranks of a job wake on a node that Slurm has given up, with a disk that they share with the next start."""
+    job = start("site.nodes=1", "site.tasks_per_node=4")
+    job.wait_for("step 15", lambda: job.steps() >= 15)
+    node, left_behind = job.told()["BatchHost"], [job.processes(rank)[0] for rank in range(4)]
+    cluster.cut_link(node)
+    for process in left_behind:
+        os.kill(process, signal.SIGSTOP)
+    try:
+        wait_until(lambda: len(began(job)) == 2, "the job's return", NOTICED_S + START_S)
+        assert job.told()["BatchHost"] != node
+        for process in left_behind:
+            os.kill(process, signal.SIGCONT)
+        wait_until(lambda: "so this start of it writes no more" in job.log(), "the fence", START_S)
+        job.wait_for_end()
+    finally:
+        cluster.mend_link(node)
+        wait_until(lambda: cluster.states()[node] == "idle", "the node's return", NOTICED_S)
+    assert job.restarts() == 1
+    assert not any(Path(f"/proc/{process}").exists() for process in left_behind)
+    check_it_is_the_same_run(job, undisturbed)
+
+
+def test_a_range_of_nodes(
+    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[..., dict[int, float]]
+) -> None:
+    cluster("scontrol", "update", "NodeName=n2,n3", "State=DRAIN", "Reason=test")
+    try:
+        job = start("site.nodes=1-2")
+        job.wait_for("step 15", lambda: job.steps() >= 15)
+    finally:
+        cluster("scontrol", "update", "NodeName=n2,n3", "State=RESUME")
+    cluster("scancel", "--signal=USR2", job.job)
+    job.wait_for_end()
+    assert [record["ranks"] for record in began(job)] == [2, 4]
+    ours, theirs = losses(job.run_dir), undisturbed(*SLOW, "checkpoint.every_steps=1000")
+    assert max(abs(ours[step] - theirs[step]) / theirs[step] for step in theirs) <= 1e-5
+
+
+def began(job: Submitted) -> list[dict[str, Any]]:
+    """The starts of a run."""
+    return [record for record in read(job.run_dir) if "began" in record]
+
+
+@pytest.mark.parametrize(("nodes", "tasks"), [(1, 2), (2, 3)])
+def test_another_world(
+    nodes: int,
+    tasks: int,
+    cluster: Cluster,
+    make_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    submit: Callable[..., Submitted],
+    undisturbed: Callable[..., dict[int, float]],
+) -> None:
+    short = ("steps=16", "log.every_steps=1")
+    submit(make_config(tmp_path / "run", "steps=8", "log.every_steps=1")).wait_for_end()
+    job = submit(make_config(tmp_path / "run", *short), f"site.nodes={nodes}", f"site.tasks_per_node={tasks}")
+    job.wait_for_end()
+    assert f"{nodes * tasks} ranks" in job.log()
+    ours, theirs = losses(job.run_dir), undisturbed(*short)
+    worst = max(abs(ours[step] - theirs[step]) / theirs[step] for step in theirs)
+    print(f"losses on {nodes} x {tasks} ranks differ by at most {worst:.1e}")
+    assert len(ours) == 16
+    assert worst <= 1e-5
+    index = json.loads((job.run_dir / "checkpoints" / "step-00000016" / "index.json").read_text())
+    assert index["world_size"] == nodes * tasks

@@ -1,0 +1,60 @@
+"""How far work has come, why it failed, and how often in a row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fmscale.errors import UserError
+from fmscale.requeue import _note, cause, failures, requeue
+from fmscale.slurm import Task
+
+OLD = "== job 12, restart 0, on n[1-2]\nfmscale train: run_dir: is gone\n== job 12 failed: …; requeued\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (
+            "step 3 of 8\nfmscale train: data: no such folder\nsrun: error: n1: task 0: Exited with exit code 2\n",
+            "data",
+        ),
+        (
+            "srun: error: n2: task 3: Killed\nsrun: error: n1: tasks 0-1: Terminated\n",
+            "srun: error: n2: task 3: Killed",
+        ),
+        ("Traceback (most recent call last):\n  File\ntorch.OutOfMemoryError: 3 GB\n", "torch.OutOfMemoryError: 3 GB"),
+        ("nothing of note\n", "exit code 9"),
+    ],
+)
+def test_the_cause_is_a_line_of_the_last_start(said: str, why: str, tmp_path: Path) -> None:
+    log = tmp_path / "log.out"
+    log.write_text(f"{OLD}== job 12, restart 1, on n[1-2]\n{said}")
+    found = cause(log, 9)
+    assert why in found
+    assert "\n" not in found
+    assert "is gone" not in found
+
+
+def test_a_log_that_is_not_there_has_an_exit_code_for_a_cause(tmp_path: Path) -> None:
+    assert cause(tmp_path / "log.out", 137) == "exit code 137"
+
+
+def test_failures_without_progress_are_counted(tmp_path: Path) -> None:
+    def fail(restart: int, job: int = 12) -> int:
+        return _note(Task(job, restart, "batch"), tmp_path, 1, "why")
+
+    done = tmp_path / "unfinished" / "done"
+    assert fail(0) == 1
+    (done / "unit").mkdir(parents=True)
+    assert fail(1) == 0
+    assert [fail(2), fail(3)] == [1, 2]
+    assert fail(0, job=13) == 1, "another job begins anew"
+    assert [failure["reached"] for failure in failures(tmp_path)] == [0, 1, 1, 1, 1]
+
+
+def test_outside_of_a_job_nothing_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(UserError, match="not a job of Slurm's"):
+        requeue(tmp_path, 0)

@@ -78,9 +78,9 @@ def write_images(folder: Path, count: int) -> None:
     for first in range(0, count, IMAGES_PER_TAR):
         with webdataset.TarWriter(str(folder / f"{first // IMAGES_PER_TAR:05d}.tar")) as tar:
             for number in range(first, min(first + IMAGES_PER_TAR, count)):
-                size = tuple(int(side) for side in random.choice(SIDES_PX, 2))
+                width, height = (int(side) for side in random.choice(SIDES_PX, 2))
                 layers = [random.integers(0, 256, (side, side, 3), np.uint8) for side in (4, 16, 64, 256)]
-                scaled = [np.asarray(Image.fromarray(layer).resize(size), np.float32) for layer in layers]
+                scaled = [np.asarray(Image.fromarray(layer).resize((width, height)), np.float32) for layer in layers]
                 data = io.BytesIO()
                 Image.fromarray(np.mean(scaled, axis=0).astype(np.uint8)).save(data, "JPEG", quality=92)
                 words = " ".join(str(word) for word in random.integers(0, 1000, 20))

@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,12 +64,13 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def seconds(action: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of an action, with all that it left to the device."""
+def seconds(device: torch.device, *actions: Callable[[], object]) -> float:
+    """Wall-clock time of actions one after another, with all that they left to the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
-    action()
+    for action in actions:
+        action()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
@@ -101,7 +103,7 @@ def compare_averages(layers: int, repeats: int, device: torch.device) -> dict[st
     extra = {f"{key}_extra_memory": peak_bytes(action, device) / flat.nbytes for key, action in actions.items()}
     for _ in range(repeats):
         for key, action in actions.items():
-            times[key].append(seconds(action, device))
+            times[key].append(seconds(device, action))
     found = {key: statistics.median(values) for key, values in times.items()}
     ratios = {f"ours/{key}": found["ours"] / found[key] for key in ("diffusers", "foreach")}
     figures = {"million_parameters": flat.numel() / 1e6, **{f"{key}_ms": 1000 * value for key, value in found.items()}}
@@ -133,13 +135,13 @@ def compare_saves(millions: int, repeats: int, device: torch.device, folder: Pat
     start(saver, piece, 1)
     saver.wait()
     blocking_s = statistics.median(save_and_wait(saver, piece, device) for _ in range(3))
-    rounds = max(1, round(rounds * 1.5 * blocking_s / seconds(work, device)))  # longer than a save is written
+    rounds = max(1, round(rounds * 1.5 * blocking_s / seconds(device, work)))  # longer than a save is written
     times: dict[str, list[float]] = {"alone": [], "background": [], "blocking": []}
     for _ in range(repeats):
-        times["alone"].append(seconds(work, device))
-        times["background"].append(seconds(lambda: (start(saver, piece, 2), work()), device))
+        times["alone"].append(seconds(device, work))
+        times["background"].append(seconds(device, partial(start, saver, piece, 2), work))
         saver.wait()
-        times["blocking"].append(seconds(lambda: (start(saver, piece, 3), saver.wait(), work()), device))
+        times["blocking"].append(seconds(device, partial(start, saver, piece, 3), saver.wait, work))
     alone, background, blocking = (statistics.median(found) for found in times.values())
     shutil.rmtree(folder, ignore_errors=True)
     added = {"background_s": background - alone, "blocking_s": blocking - alone}
@@ -154,7 +156,7 @@ def start(saver: Saver, piece: Piece, step: int) -> None:
 
 def save_and_wait(saver: Saver, piece: Piece, device: torch.device) -> float:
     """Seconds of a save that is waited for."""
-    return seconds(lambda: (start(saver, piece, 1), saver.wait()), device)
+    return seconds(device, partial(start, saver, piece, 1), saver.wait)
 
 
 if __name__ == "__main__":

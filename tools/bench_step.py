@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ from fmscale.flow.loss import velocity_mse
 from fmscale.flow.path import interpolate
 from fmscale.guards import LossGuard, Stopwatch
 from fmscale.runs import build_model
+from fmscale.starts import new_start
 from fmscale.tally import BINS
 from fmscale.train import Job, batches_of, train_step
 from fmscale.watchdog import Limits, Watchdog
@@ -206,7 +207,8 @@ def make_job(config: TrainConfig, world: World, watch: Watchdog) -> Job:
     saver = Saver(config.run_dir / "checkpoints", world, Retention(1))
     guard = LossGuard(BINS, config.guard.max_loss_ratio, world.device)
     dataset = open_dataset(config).to(world.device)
-    return Job(config, dataset, engine, world, portions, saver, watch, guard, Stopwatch(world.device))
+    start = new_start(config.run_dir, world)
+    return Job(config, dataset, engine, world, portions, start, saver, watch, guard, Stopwatch(world.device))
 
 
 class Timed:
@@ -233,7 +235,7 @@ class Timed:
 
 def trainer_step(job: Job, batch: Batch, clock: Clock) -> Callable[[], object]:
     """Steps of the trainer, one after another, on one batch."""
-    timed = job._replace(engine=Timed(job.engine, clock))
+    timed = job._replace(engine=cast(Engine, Timed(job.engine, clock)))
     steps = iter(range(job.config.steps))
 
     def run() -> object:
@@ -275,7 +277,7 @@ def compare_tails(args: argparse.Namespace, world: World) -> dict[str, dict[str,
     for name, (settings, methods) in {"nothing": ({}, ()), **TAIL}.items():
         theirs = tail_step(args, world, settings, methods)
         if theirs is not None:
-            ours = tail_step(args, world)  # anew: what has run for long is faster, its memory being in larger pages
+            ours = cast(Callable[[], None], tail_step(args, world))  # anew: what has run long has larger pages
             results[name] = in_turns(Clock(world.device), {"DeepSpeed": theirs, "ours": ours}, args.repeats)
             del theirs, ours
             gc.collect()

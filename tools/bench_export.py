@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -192,6 +193,7 @@ def export_ours(args: argparse.Namespace, weights: str = "ema") -> None:
     from diffusers import SD3Transformer2DModel  # noqa: F401  # as the other side's imports, not part of the time
 
     target = args.folder / f"ours-{weights}"
+    shutil.rmtree(target, ignore_errors=True)
     watched(
         lambda: use_run(args.folder, 1, weights, lambda run: write_transformer(run, target, weights, torch.bfloat16))
     )

@@ -103,7 +103,9 @@ def missing() -> str:
         return "a Slurm of one's own needs root"
     if any(shutil.which(program, path=search_path()) is None for program in PROGRAMS):
         return f"apt-get install -y --no-install-recommends {PACKAGES}"
-    return ""
+    probe = ("unshare", "--uts", "--mount", "--pid", "--net", "--fork", "ip", "link", "add", "type", "bridge")
+    done = subprocess.run(probe, env=os.environ | {"PATH": search_path()}, capture_output=True, text=True, check=False)
+    return f"this machine refuses namespaces and networks to nodes: {done.stderr.strip()}" if done.returncode else ""
 
 
 def search_path() -> str:

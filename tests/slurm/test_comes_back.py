@@ -63,8 +63,22 @@ def test_preemption(
     check_nothing_was_lost(job, undisturbed, left=1)
 
 
-def test_time_limit(start: Callable[..., Submitted], undisturbed: Callable[..., dict[int, float]]) -> None:
-    job = start("site.time_min=2", "site.signal_delay_s=60")
+def test_time_limit(
+    make_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    submit: Callable[..., Submitted],
+    fmscale: Callable[..., object],
+    undisturbed: Callable[..., dict[int, float]],
+) -> None:
+    """The run would go on for hours, and is stopped when it has come back."""
+    overrides = [f"steps={10**6}" if part.startswith("steps") else part for part in SLOW]
+    job = submit(make_config(tmp_path / "run", *overrides), "site.time_min=2", "site.signal_delay_s=60")
+    job.wait_for("the job's return", lambda: job.restarts() == 1)
+    left = job.steps()
+    assert left > 0
+    train_until(job, left + 10)
+    fmscale("stop", job.run_dir)
     job.wait_for_end()
-    assert job.restarts() >= 1
-    check_nothing_was_lost(job, undisturbed, left=job.restarts())
+    assert job.endings() == ["left", "stopped"], job.log()
+    assert re.findall(r"^run .* steps (\d+) to", job.log(), flags=re.MULTILINE) == ["0", str(left)]
+    assert losses(job.run_dir) == undisturbed(f"steps={job.steps()}", *SLOW[1:])

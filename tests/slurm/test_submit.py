@@ -10,23 +10,32 @@ import pytest
 from slurm.cluster import Cluster
 from slurm.conftest import SITES, Submitted, losses
 
-from fmscale.config import TrainConfig
+from fmscale.config import TrainConfig, dump
+from fmscale.starts import read
 
 
 def test_a_submitted_run_is_the_one_that_local_ranks_train(
+    cluster: Cluster,
     make_config: Callable[..., TrainConfig],
     tmp_path: Path,
-    submit: Callable[..., Submitted],
+    site: Path,
     undisturbed: Callable[..., dict[int, float]],
     fmscale: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
-    job = submit(make_config(tmp_path / "run"))
-    job.wait_for_end()
-    assert losses(job.run_dir) == undisturbed()
+    config = make_config(tmp_path / "run")
+    path = tmp_path / "train.yaml"
+    path.write_text(dump(config))
+    followed = fmscale("submit", "train", path, "--site", site, "--follow")
+    assert followed.returncode == 0, followed.stderr
+    (start,) = [record for record in read(config.run_dir) if "began" in record]
+    job = Submitted(cluster, config.run_dir, str(start["job"]))
     assert job.endings() == ["done"]
-    assert "done: 8 steps" in fmscale("logs", job.run_dir).stdout
-    row = fmscale("status", job.run_dir).stdout.splitlines()[1].split()
-    assert row[:4] == [str(job.run_dir), job.job, "COMPLETED", "8/8"]
+    assert losses(config.run_dir) == undisturbed()
+    assert "step 8 of 8" in followed.stdout
+    assert followed.stdout == fmscale("logs", config.run_dir).stdout
+    assert f"job {job.job}: COMPLETED" in followed.stderr
+    row = fmscale("status", config.run_dir).stdout.splitlines()[1].split()
+    assert row[:4] == [str(config.run_dir), job.job, "COMPLETED", "8/8"]
 
 
 @pytest.mark.parametrize("path", sorted(SITES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -37,8 +46,6 @@ def test_slurm_accepts_what_is_printed_for_each_example_site(
     tmp_path: Path,
     fmscale: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
-    from fmscale.config import dump
-
     config = tmp_path / "train.yaml"
     config.write_text(dump(make_config(tmp_path / "run")))
     printed = fmscale("submit", "train", config, "--site", path, "--dry-run")

@@ -8,11 +8,14 @@ from pathlib import Path
 
 from fmscale.config import EncodeConfig, TrainConfig
 from fmscale.data.order import split
-from fmscale.data.transport import is_remote
+from fmscale.data.transport import PIPE, connect, is_remote
 from fmscale.errors import UserError
+from fmscale.log import get_logger
 from fmscale.site import Site, worlds
 from fmscale.size import checkpoint_bytes
 from fmscale.slurm import leave_s
+
+log = get_logger(__name__)
 
 
 def check_train(config: TrainConfig, site: Site) -> None:
@@ -26,8 +29,10 @@ def check_train(config: TrainConfig, site: Site) -> None:
         split(config.global_batch, world_size, config.micro_batch)
     places = [config.data.path] if config.data.path else [part.path for part in config.data.mixture]
     for place in places:
-        if not is_remote(place):  # what lies behind a URL is looked at by the job
+        if not is_remote(place):
             _look_at_dataset(Path(place))
+        elif not place.startswith(PIPE):  # such a program is started by the job alone
+            _look_at_url(place, config.data.remote.timeout_s)
     size = checkpoint_bytes(config)
     _check_disk(config, size)
     save_s, left_s = size / 1e9 / site.write_gb_per_s, leave_s(site.signal_delay_s)
@@ -70,6 +75,20 @@ def _look_at_dataset(path: Path) -> None:
     for name, size in sizes.items():
         if not (path / name).is_file() or (path / name).stat().st_size != size:
             raise UserError(f"data: {path / name} is gone or is not what was indexed: run `fmscale index {path}`")
+
+
+def _look_at_url(place: str, timeout_s: float) -> None:
+    """Whether there is an index; a place that cannot be reached from a login node may be from the others."""
+    transport = connect(place, timeout_s, allow_pipe=False)
+    manifest = "index/manifest.json"
+    try:
+        json.loads(transport.read(manifest, 0, None))["shards"]
+    except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"data: {transport.where(manifest)} is no index ({error}): run `fmscale index` where the tars lie"
+        ) from None
+    except Exception as error:  # whatever libraries for stores raise
+        log.warning("data: %s cannot be looked at from here (%s); the job will", place, error)
 
 
 def _check_disk(config: TrainConfig, size: int) -> None:

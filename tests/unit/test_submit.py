@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from range_server import serving
 
 from fmscale.beforehand import check_train
 from fmscale.config import TrainConfig, dump
@@ -78,6 +79,18 @@ def test_a_shard_that_is_gone_is_missed(make_config: Callable[..., TrainConfig],
     gone.unlink()
     with pytest.raises(UserError, match=f"{gone.name} is gone"):
         check_train(config, make_site())
+
+
+def test_a_dataset_behind_a_url_is_looked_at(
+    make_config: Callable[..., TrainConfig], dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(dataset) as server:
+        check_train(make_config(tmp_path / "run", f"data.path={server.url}"), make_site())
+        assert caplog.text == ""
+        with pytest.raises(UserError, match=r"nowhere/index/manifest.json is no index"):
+            check_train(make_config(tmp_path / "run", f"data.path={server.url}/nowhere"), make_site())
+    check_train(make_config(tmp_path / "run", f"data.path={server.url}"), make_site())
+    assert "cannot be looked at from here" in caplog.text
 
 
 def test_overrides_go_where_they_belong(make_config: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from fmscale.config import EncodeConfig, TrainConfig
@@ -11,28 +12,35 @@ from fmscale.data.order import split
 from fmscale.data.transport import PIPE, connect, is_remote
 from fmscale.errors import UserError
 from fmscale.log import get_logger
+from fmscale.runs import check_run_dir, checkpoints_dir, snapshots_dir
 from fmscale.site import Site, worlds
-from fmscale.size import checkpoint_bytes
+from fmscale.size import checkpoint_bytes, snapshot_bytes
 from fmscale.slurm import leave_s
 
 log = get_logger(__name__)
 
 
-def check_train(config: TrainConfig, site: Site) -> None:
+def check_train(config: TrainConfig, site: Site, flags: Collection[str] = ()) -> None:
     """Refuse a training that could not run, or not save in time.
+
+    Args:
+        config, site: what and where.
+        flags: what the command line permits, such as `--allow-pipe`.
 
     Raises:
         UserError: says which key of which file is wrong, and what would do.
     """
     check_time(site)
+    check_name("run_dir", config.run_dir)
+    check_run_dir(config, "--allow-config-change" in flags)
     for world_size in worlds(site):
         split(config.global_batch, world_size, config.micro_batch)
     places = [config.data.path] if config.data.path else [part.path for part in config.data.mixture]
     for place in places:
         if not is_remote(place):
             _look_at_dataset(Path(place))
-        elif not place.startswith(PIPE):  # such a program is started by the job alone
-            _look_at_url(place, config.data.remote.timeout_s)
+        else:
+            _look_at_url(place, config.data.remote.timeout_s, "--allow-pipe" in flags)
     size = checkpoint_bytes(config)
     _check_disk(config, size)
     save_s, left_s = size / 1e9 / site.write_gb_per_s, leave_s(site.signal_delay_s)
@@ -50,8 +58,16 @@ def check_encode(config: EncodeConfig, site: Site) -> None:
         UserError: says which key is wrong.
     """
     check_time(site)
+    check_name("out", config.out)
     if not is_remote(config.images) and "{" not in config.images and not Path(config.images).exists():
         raise UserError(f"images: {config.images} does not exist")
+
+
+def check_name(key: str, folder: Path) -> None:
+    """Refuse the name of a folder that a batch script cannot hold: Slurm replaces `%` and backslashes in it."""
+    text = str(folder.absolute())
+    if not text.isprintable() or "%" in text or "\\" in text:
+        raise UserError(f"{key}: {text!r} holds a %, a backslash or a line break, which Slurm does not take; rename it")
 
 
 def check_time(site: Site) -> None:
@@ -77,10 +93,12 @@ def _look_at_dataset(path: Path) -> None:
             raise UserError(f"data: {path / name} is gone or is not what was indexed: run `fmscale index {path}`")
 
 
-def _look_at_url(place: str, timeout_s: float) -> None:
+def _look_at_url(place: str, timeout_s: float, allow_pipe: bool) -> None:
     """Whether there is an index; a place that cannot be reached from a login node may be from the others."""
-    transport = connect(place, timeout_s, allow_pipe=False)
+    transport = connect(place, timeout_s, allow_pipe)
     manifest = "index/manifest.json"
+    if place.startswith(PIPE):  # such a program is started by the job alone
+        return
     try:
         json.loads(transport.read(manifest, 0, None))["shards"]
     except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
@@ -92,14 +110,22 @@ def _look_at_url(place: str, timeout_s: float) -> None:
 
 
 def _check_disk(config: TrainConfig, size: int) -> None:
-    """Whether the checkpoints that will be kept, and the one that is being written, have room."""
-    run_dir, part = config.run_dir.absolute(), config.checkpoint
-    there = len(list((run_dir / "checkpoints").glob("step-*")))
-    count = max(min(part.keep, -(-config.steps // part.every_steps)) + 1 - there, 1)
+    """Whether there is room for the checkpoints that will be kept, the one that is being written, and the snapshots."""
+    run_dir, part, snapshot = config.run_dir.absolute(), config.checkpoint, config.ema.snapshot_every_steps
+    saves = -(-config.steps // part.every_steps)
+    forever = config.steps // part.keep_every_steps if part.keep_every_steps else 0
+    count = max(min(part.keep + forever, saves) + 1 - _count(checkpoints_dir(run_dir)), 1)
+    snapshots = max(config.steps // snapshot - _count(snapshots_dir(run_dir)), 0) if snapshot else 0
+    needed = count * size + snapshots * snapshot_bytes(config)
     nearest = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     free = shutil.disk_usage(nearest).free
-    if free < count * size:
+    if free < needed:
+        more = f" and {snapshots} snapshots" if snapshots else ""
         raise UserError(
-            f"run_dir: {count} checkpoints of {size / 1e9:.1f} GB need {count * size / 1e9:.1f} GB on {nearest}, where "
-            f"{free / 1e9:.1f} GB are free; make room, or lower checkpoint.keep"
+            f"run_dir: {count} checkpoints of {size / 1e9:.1f} GB{more} need {needed / 1e9:.1f} GB on {nearest}, where "
+            f"{free / 1e9:.1f} GB are free; make room, or keep fewer (checkpoint.keep, checkpoint.keep_every_steps)"
         )
+
+
+def _count(folder: Path) -> int:
+    return len(list(folder.glob("step-*")))

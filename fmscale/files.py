@@ -55,13 +55,38 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def append(path: Path, *records: Mapping[str, Any]) -> None:
-    """Add lines to a file that other processes add lines to as well, each line in one write."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    """Add lines to a file that other processes add lines to as well, each in one write, on a line of its own."""
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        for record in records:
-            os.write(descriptor, (json.dumps(record) + "\n").encode())
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a power cut
+        for number, record in enumerate(records):
+            start = "\n" if torn and number == 0 else ""
+            os.write(descriptor, f"{start}{json.dumps(record)}\n".encode())
     finally:
         os.close(descriptor)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects that `append` has written, oldest first, of a file that may not be there yet; a line that a power cut
+    has torn is passed over.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    return list(whole_records(lines))
+
+
+def whole_records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The lines that hold a JSON object each, and nothing else."""
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
 
 
 def in_threads(action: Callable[[Item], None], items: Iterable[Item]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -13,10 +12,11 @@ from typing import Any
 
 from fmscale import slurm
 from fmscale.errors import OutageError, UserError
+from fmscale.files import whole_records
 from fmscale.log import get_logger
 from fmscale.plain_yaml import parse_yaml
 from fmscale.requeue import failures
-from fmscale.starts import BEGAN, ENDED, STARTS, STOP, read
+from fmscale.starts import BEGAN, ENDED, STARTS, STOP, newest_start, read
 
 log = get_logger(__name__)
 TAIL_BYTES = 1 << 16  # of metrics.jsonl: the last twenty steps and more
@@ -24,11 +24,12 @@ STEPS = 20  # whose times tell how long the others will take
 MARK = "fmscale:"  # what the comments of our jobs begin with; the run directory follows
 COLUMNS = ("run", "job", "state", "step", "loss", "images/s", "heartbeat", "restarts", "left", "last error")
 ENDED_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+FORGOTTEN = "FORGOTTEN"  # neither the controller nor the accounts know the job any more
 
 
 def ended(state: str) -> bool:
     """Whether all of a job has, by what `describe` says."""
-    return all(part.split()[-1].startswith(ENDED_STATES) for part in state.split(", "))
+    return all(part.split()[-1].startswith((*ENDED_STATES, FORGOTTEN)) for part in state.split(", "))
 
 
 def newest_job(folder: Path) -> str:
@@ -58,7 +59,7 @@ def describe(job: str) -> dict[str, str]:
         return {"JobState": "UNKNOWN", "error": str(error)}
     counted = ", ".join(f"{count} {state}" for state, count in Counter(states).most_common())
     newest = max(told, key=lambda one: int(one.get("Restarts", 0)), default={})
-    return {**newest, "JobState": counted if len(states) > 1 else (states or ["UNKNOWN"])[0]}
+    return {**newest, "JobState": counted if len(states) > 1 else (states or [FORGOTTEN])[0]}
 
 
 def _account(job: str) -> list[str]:
@@ -79,11 +80,24 @@ def status(folders: Sequence[Path]) -> int:
     if not folders:
         print("no job of yours that fmscale submitted; name a run directory to see one that has ended")
         return 0
-    rows = [COLUMNS, *(_row(folder) for folder in folders)]
+    rows = [COLUMNS, *(_row_or_why(folder, alone=len(folders) == 1) for folder in folders)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
+
+
+def _row_or_why(folder: Path, alone: bool) -> tuple[str, ...]:
+    """A run as the table shows it; of one among several that cannot be read, why."""
+    try:
+        return _row(folder)
+    except UserError as error:
+        if alone:
+            raise
+        why = str(error)
+    except (OSError, ValueError, LookupError, TypeError) as error:  # damaged files, of whatever kind
+        why = f"its files cannot be read: {error!r}"
+    return (str(folder), *["-"] * (len(COLUMNS) - 2), " ".join(why.split()))
 
 
 def _row(folder: Path) -> tuple[str, ...]:
@@ -139,7 +153,7 @@ def _last_steps(folder: Path) -> list[dict[str, Any]]:
             whole = file.read().rpartition(b"\n")[0].split(b"\n")
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in whole if re.match(rb"\{.*\}$", line)]
+    return list(whole_records(whole))
 
 
 def _heartbeat(folder: Path) -> str:
@@ -171,11 +185,17 @@ def stop(folder: Path) -> int:
     state = told["JobState"]
     if not job or ended(state):
         raise UserError(f"{folder}: nothing to stop; {f'job {job} is {state}' if job else 'it has no job'}")
-    trains = any(BEGAN in record and record.get("job") == int(job) for record in read(folder)[-1:])
-    if state == "RUNNING" and trains:
+    if state == "RUNNING" and _trains(folder, job, told.get("Restarts", "0")):
         (folder / STOP).touch()
         log.info("job %s saves at its next step, and ends", job)
     else:
         slurm.ask("scancel", job)
         log.info("job %s is cancelled", job)
     return 0
+
+
+def _trains(folder: Path, job: str, restarts: str) -> bool:
+    """Whether this start of a job has begun to train, and will look for the file that stops it."""
+    newest = newest_start(folder)
+    mine = (str(newest.get("job")), str(newest.get("restart"))) == (job, restarts)
+    return mine and newest[BEGAN] not in [record.get(ENDED) for record in read(folder)]

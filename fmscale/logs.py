@@ -16,8 +16,9 @@ STATE_S = 5.0  # between two questions to Slurm, which has others to answer
 
 
 def find_log(folder: Path, job: str, rank: int) -> Path | None:
-    """Where a rank's output goes; None as long as there is none."""
-    return next((folder / slurm.FOLDER).glob(f"*/{job}_{rank}_log.out"), None)
+    """Where the output of a rank, or of a task of an array, goes; None as long as there is none."""
+    names = (f"{job}_{rank}_log.out", f"{job}_{rank}_0_log.out")
+    return next((path for name in names for path in (folder / slurm.FOLDER).glob(f"*/{name}")), None)
 
 
 def show_log(folder: Path, rank: int) -> int:

@@ -3,13 +3,13 @@
     the program ended well              no
     it was told to leave, by a signal   yes: Slurm's time is over, or another job's has come
     it failed                           yes, unless it has failed twice without getting any further
+    it was stopped, or another job has begun the run since      no
 
 A failure is written down in FOLDER/slurm, with how far the work had come.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import time
@@ -18,14 +18,16 @@ from typing import Any
 
 from fmscale import slurm
 from fmscale.errors import UserError
-from fmscale.files import append
+from fmscale.files import append, read_records
 from fmscale.slurm import Task, this_task
-from fmscale.starts import BEGAN, ENDED, read, updates_saved
+from fmscale.starts import BEGAN, ENDED, STOP, newest_start, read, updates_saved
 
 FAILURES = "failures.jsonl"
 ENOUGH = 2  # failures in a row without progress
 LEFT_CODES = (130, 128 + signal.SIGUSR2)  # `encode` was interrupted; a rank was signalled before it could listen
-NO_MORE = "this was the second time in a row without progress, so it stops"
+ENOUGH_LEFT = 10  # such endings in a row without progress
+LEFT_EARLY = "told to leave before there was anything to save"
+NO_MORE = "that makes {} starts in a row without progress, so it stops"
 OPENING = "== job"  # the batch script's first line in the log of each start
 
 
@@ -50,16 +52,32 @@ def requeue(folder: Path, code: int) -> int:
     how = ended.get("how", "done" if code == 0 else "failed")
     if how in ("done", "stopped"):
         return code
-    job = slurm.own_job(task)
-    again = how == "left" or code in LEFT_CODES or job.get("PreemptTime", "None") != "None"
+    if refusal := _gone(task, folder):
+        print(f"{OPENING} {task.job} does not come back: {refusal}", flush=True)
+        return code
+    job, idle, enough = slurm.own_job(task), 0, ENOUGH
     said = "left as asked"
-    if not again:
-        why = ended.get("why") or cause(Path(job.get("StdOut", "")), code)
-        again, said = _note(task, folder, code, why) < ENOUGH, f"failed: {why}"
-    print(f"{OPENING} {task.job} {said}; {'requeued' if again else NO_MORE}", flush=True)
+    if how != "left" and job.get("PreemptTime", "None") == "None":
+        told = code in LEFT_CODES
+        why = ended.get("why") or (LEFT_EARLY if told else cause(Path(job.get("StdOut", "")), code))
+        idle, enough = _note(task, folder, code, why), ENOUGH_LEFT if told else ENOUGH
+        said = f"failed: {why}"
+    again = idle < enough
+    print(f"{OPENING} {task.job} {said}; {'requeued' if again else NO_MORE.format(enough)}", flush=True)
     if again:
         slurm.requeue(task)
     return code
+
+
+def _gone(task: Task, folder: Path) -> str:
+    """Why the work in a folder is no longer this job's; empty where it is."""
+    if (folder / STOP).exists():
+        return "the run was told to stop"
+    newest = newest_start(folder)
+    if newest and newest.get("job") != task.job:
+        other = f"job {newest['job']}" if "job" in newest else "a start by hand"
+        return f"the run was begun again by {other}, on {newest['host']}"
+    return ""
 
 
 def _of(task: Task, folder: Path, kind: str) -> dict[str, Any]:
@@ -84,11 +102,7 @@ def _note(task: Task, folder: Path, code: int, why: str) -> int:
 
 def failures(folder: Path) -> list[dict[str, Any]]:
     """The failures of all jobs that worked in a folder, oldest first."""
-    try:
-        lines = (folder / slurm.FOLDER / FAILURES).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines]
+    return read_records(folder / slurm.FOLDER / FAILURES)
 
 
 def progress(folder: Path) -> int:

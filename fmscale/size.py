@@ -31,5 +31,13 @@ PARAMETERS = {"mmdit": mmdit_parameters}
 
 def checkpoint_bytes(config: TrainConfig) -> int:
     """Bytes of a checkpoint: weights, two moments and each average, in fp32."""
-    kinds = 3 + len(config.ema.decays) + len(config.ema.sigma_rels)
-    return 4 * kinds * PARAMETERS[config.model.family](config.model)
+    return (3 + len(config.ema.decays)) * _copy_bytes(config) + snapshot_bytes(config)
+
+
+def snapshot_bytes(config: TrainConfig) -> int:
+    """Bytes of a snapshot: each average by relative width, in fp32."""
+    return len(config.ema.sigma_rels) * _copy_bytes(config)
+
+
+def _copy_bytes(config: TrainConfig) -> int:
+    return 4 * PARAMETERS[config.model.family](config.model)

@@ -133,7 +133,16 @@ def describe(job: str) -> list[dict[str, str]]:
         if "Invalid job id" in str(error):
             return []
         raise
-    return [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in shown.splitlines() if line.strip()]
+    return [_values(line) for line in shown.splitlines() if line.strip()]
+
+
+def _values(line: str) -> dict[str, str]:
+    """`Key=value Key=value …`, where values may hold spaces; what a user may have written comes last."""
+    found: dict[str, str] = {}
+    for word in re.split(r" (?=[A-Z][\w:/]*=)", line.strip()):
+        key, _, value = word.partition("=")
+        found.setdefault(key, value)
+    return found
 
 
 def own_job(task: Task) -> dict[str, str]:

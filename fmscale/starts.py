@@ -20,12 +20,12 @@ from typing import Any, Literal, NamedTuple
 
 from fmscale.distributed import World, everywhere, from_main
 from fmscale.errors import OutageError
-from fmscale.files import append
+from fmscale.files import append, read_records
 from fmscale.slurm import Task, this_task
 
 STARTS = "starts.jsonl"
 STOP, SAVE = "STOP", "SAVE"  # files that ask something of a run
-BEGAN, ENDED, FAILED = "began", "ended", "failed"  # what an object's first key says
+BEGAN, ENDED = "began", "ended"  # what an object's first key says
 Ending = Literal["done", "stopped", "left", "failed"]
 
 
@@ -48,7 +48,7 @@ class Start(NamedTuple):
         Raises:
             OutageError: the job has been started again since.
         """
-        newest = self._newest()
+        newest = newest_start(self.run_dir)
         if self.task and newest.get("job") == self.task.job and newest["restart"] > self.task.restart:
             raise OutageError(self._overtaken(newest))
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -62,12 +62,9 @@ class Start(NamedTuple):
         Raises:
             OutageError: names the one that is.
         """
-        newest = self._newest()
+        newest = newest_start(self.run_dir)
         if newest and newest[BEGAN] != self.name:
             raise OutageError(self._overtaken(newest))
-
-    def _newest(self) -> dict[str, Any]:
-        return next((record for record in reversed(read(self.run_dir)) if BEGAN in record), {})
 
     def _overtaken(self, newest: Mapping[str, Any]) -> str:
         job = f"job {newest['job']}, restart {newest['restart']}, " if "job" in newest else ""
@@ -81,7 +78,8 @@ class Start(NamedTuple):
 
     def end(self, how: Ending, why: str = "") -> None:
         """Say how this start has ended; rank 0 calls it."""
-        append(self.run_dir / STARTS, {ENDED: self.name, "time": time.time(), "how": how, "why": why})
+        facts = {"how": how, "why": " ".join(why.split())}
+        append(self.run_dir / STARTS, {ENDED: self.name, "time": time.time(), **facts})
 
 
 def new_start(run_dir: Path, world: World) -> Start:
@@ -90,25 +88,20 @@ def new_start(run_dir: Path, world: World) -> Start:
     Raises:
         OutageError: the job has been started again since.
     """
-    task = this_task()
-    start = Start(run_dir, task.start if task else f"{from_main(secrets.randbits(48), world.device):012x}", task)
+    task, number = this_task(), f"{from_main(secrets.randbits(48), world.device):012x}"
+    start = Start(run_dir, f"{task.start}.{number}" if task else number, task)
     everywhere(lambda: start.begin(world.world_size) if world.is_main else None, world.device)
     return start
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """What starts have written, oldest first; a line that a power cut has left is passed over."""
-    records = []
-    try:
-        lines = (run_dir / STARTS).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+    """What starts have written, oldest first."""
+    return read_records(run_dir / STARTS)
+
+
+def newest_start(run_dir: Path) -> dict[str, Any]:
+    """What the newest start has written when it began; empty where there was none."""
+    return next((record for record in reversed(read(run_dir)) if BEGAN in record), {})
 
 
 def updates_saved(run_dir: Path) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -25,8 +26,8 @@ from typing import Any, NamedTuple
 from fmscale import config as configs
 from fmscale import slurm
 from fmscale.beforehand import check_encode, check_train
-from fmscale.errors import UserError
-from fmscale.jobs import MARK
+from fmscale.errors import OutageError, UserError
+from fmscale.jobs import MARK, describe, ended, newest_job
 from fmscale.log import get_logger
 from fmscale.logs import follow
 from fmscale.requeue import OPENING
@@ -102,22 +103,64 @@ def submit(order: Order, dry_run: bool = False, then_follow: bool = False) -> in
         UserError: the job could not run; says which key is wrong.
         OutageError: Slurm refuses it, or does not answer.
     """
-    check = check_train if order.command == "train" else check_encode
-    check(order.config, order.site)
+    check(order)
     folder = order.folder / slurm.FOLDER / time.strftime("%Y-%m-%d-%H%M%S")
     script = batch_script(order, folder)
     if dry_run:
         print(script, end="")
         return 0
+    if order.command == "train":
+        refuse_a_second_job(order.folder)
     try:
         write(order, folder, script)
+        job = slurm.ask("sbatch", "--parsable", str(folder / "job.sh")).strip().partition(";")[0]
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    job = slurm.ask("sbatch", "--parsable", str(folder / "job.sh")).strip().partition(";")[0]
+    except OutageError:
+        shutil.rmtree(folder)  # of what never was
+        raise
     facts = {"job": int(job), "command": order.command, "workers": order.workers, "time": time.time()}
     (folder / "job.json").write_text(json.dumps(facts) + "\n")
     log.info("job %s: %s, with logs in %s", job, order.folder, folder)
     return follow(order.folder) if then_follow else 0
+
+
+def check(order: Order) -> None:
+    """Refuse what could not run.
+
+    Raises:
+        UserError: says which key, or which argument, is wrong.
+    """
+    if order.command == "train" and order.workers is not None:
+        raise UserError("--workers: only `encode` is shared by the tasks of an array; for more ranks set site.nodes")
+    if order.at_once is not None and order.workers is None:
+        raise UserError("--at-once: says how many of --workers run at the same time; give those too")
+    if order.command == "encode" and order.flags:
+        raise UserError(f"{order.flags[0]}: is for `train`")
+    try:
+        if order.command == "train":
+            check_train(order.config, order.site, order.flags)
+        else:
+            check_encode(order.config, order.site)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be looked at: {error.strerror or error}") from error
+
+
+def refuse_a_second_job(folder: Path) -> None:
+    """Refuse to train where a job does, or will.
+
+    Raises:
+        UserError: names it.
+        OutageError: Slurm does not answer.
+    """
+    job = newest_job(folder)
+    told = describe(job)
+    if "error" in told:
+        raise OutageError(told["error"])
+    if job and not ended(told["JobState"]):
+        raise UserError(
+            f"run_dir: {folder} belongs to job {job}, which is {told['JobState']}; `fmscale stop {folder}` ends it"
+        )
 
 
 def write(order: Order, folder: Path, script: str) -> None:
@@ -153,7 +196,7 @@ def batch_script(order: Order, folder: Path) -> str:
     text: str = _make_sbatch_string(
         command=f"{program} {shlex.join(words)}",
         folder=folder,
-        job_name=order.folder.name,
+        job_name=re.sub(r"[^\w.-]", "_", order.folder.name),
         comment=f"{MARK}{order.folder}",
         partition=site.partition,
         account=site.account,
@@ -171,9 +214,15 @@ def batch_script(order: Order, folder: Path) -> str:
         stderr_to_stdout=True,
         wckey=None,  # type: ignore[arg-type]
         srun_args=[*srun, *site.srun],
-        additional_parameters={"nodes": 1 if array else site.nodes, "requeue": True, **site.sbatch},
+        additional_parameters={"nodes": 1 if array else site.nodes, "requeue": True, **more_options(site, array)},
     )
     return f"{text}\n"
+
+
+def more_options(site: Site, array: bool) -> dict[str, str | int | bool]:
+    """The site's own options of sbatch; tasks of an array use a part of a node each, so they share it."""
+    given = {name: value for name, value in site.sbatch.items() if value is not False}
+    return {name: value for name, value in given.items() if not (array and name == "exclusive")}
 
 
 def setup(site: Site) -> list[str]:
@@ -183,14 +232,15 @@ def setup(site: Site) -> list[str]:
         "umask 077",
     ]
     lines += [f"module load {shlex.quote(module)}" for module in site.modules]
-    lines += [f"source {shlex.quote(str(site.venv / 'bin' / 'activate'))}"] if site.venv else []
+    lines += [f"source {shlex.quote(str(site.venv.expanduser() / 'bin' / 'activate'))}"] if site.venv else []
     lines += [f"export {slurm.DELAY}={site.signal_delay_s} OMP_NUM_THREADS={site.cpus_per_task}"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
-    return [*lines, *site.setup]
+    here = shlex.quote(str(Path.cwd()))  # what relative paths of the config start from
+    return [*lines, *site.setup, f"cd {here} || exit 2"]
 
 
 def python(site: Site) -> str:
     """The interpreter of the nodes."""
     if site.python:
-        return site.python
-    return str(site.venv / "bin" / "python") if site.venv else os.path.abspath(sys.executable)
+        return os.path.expanduser(site.python)
+    return str(site.venv.expanduser() / "bin" / "python") if site.venv else os.path.abspath(sys.executable)

@@ -7,7 +7,8 @@
 #SBATCH --signal=USR2@90
 set -uo pipefail
 export FMSCALE_SIGNAL_DELAY_S=90  # as above: by then all ranks have saved and ended
-run_dir=$(python -m fmscale train "$@" --print-config | sed -n 's/^run_dir: //p')
+read_run_dir='import sys; from fmscale.plain_yaml import parse_yaml; print(parse_yaml(sys.stdin.read(), "config")["run_dir"])'
+run_dir=$(python -m fmscale train "$@" --print-config | python -c "$read_run_dir")
 echo "== job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
 srun --kill-on-bad-exit=0 --wait=10 python -m fmscale train "$@"
 python -m fmscale requeue "$run_dir" $?

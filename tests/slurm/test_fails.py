@@ -74,7 +74,7 @@ def test_numbers_that_run_away_again_and_again(
     assert job.restarts() == 2
     assert [failure["idle"] for failure in failures(job.run_dir)] == [0, 1, 2]
     last = job.log().splitlines()[-1]
-    assert re.match(rf"== job {job.job} failed: guard.max_skipped_steps: .*; this was the second time in a row", last)
+    assert re.match(rf"== job {job.job} failed: guard.max_skipped_steps: .*; that makes 2 starts in a row", last)
 
 
 def test_a_job_that_is_cancelled_does_not_come_back(cluster: Cluster, start: Callable[..., Submitted]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,29 @@ def test_a_submitted_run_is_the_one_that_local_ranks_train(
     assert f"job {job.job}: COMPLETED" in followed.stderr
     row = fmscale("status", config.run_dir).stdout.splitlines()[1].split()
     assert row[:4] == [str(config.run_dir), job.job, "COMPLETED", "8/8"]
+
+
+def test_a_run_that_a_job_has_is_not_given_to_another(
+    cluster: Cluster,
+    make_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    site: Path,
+    fmscale: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    config = make_config(tmp_path / "run")
+    path = tmp_path / "train.yaml"
+    path.write_text(dump(config))
+    command = ("submit", "train", path, "--site", site)
+    refused = fmscale(*command, "site.partition=nowhere")
+    assert refused.returncode == 1
+    assert "invalid partition" in refused.stderr
+    assert list((config.run_dir / "slurm").iterdir()) == [], "something is left of what Slurm refused"
+    assert fmscale(*command, "site.sbatch={begin: now+1hour}").returncode == 0
+    second = fmscale(*command)
+    assert second.returncode == 2
+    assert re.search(r"belongs to job \d+, which is PENDING; `fmscale stop", second.stderr)
+    assert "is cancelled" in fmscale("stop", config.run_dir).stderr
+    assert "nothing to stop" in fmscale("stop", config.run_dir).stderr
 
 
 @pytest.mark.parametrize("path", sorted(SITES.glob("*.yaml")), ids=lambda path: path.stem)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from fmscale.errors import UserError
-from fmscale.requeue import _note, cause, failures, requeue
+from fmscale.requeue import _gone, _note, cause, failures, requeue
 from fmscale.slurm import Task
+from fmscale.starts import Start
 
 OLD = "== job 12, restart 0, on n[1-2]\nfmscale train: run_dir: is gone\n== job 12 failed: …; requeued\n"
 
@@ -52,6 +53,29 @@ def test_failures_without_progress_are_counted(tmp_path: Path) -> None:
     assert [fail(2), fail(3)] == [1, 2]
     assert fail(0, job=13) == 1, "another job begins anew"
     assert [failure["reached"] for failure in failures(tmp_path)] == [0, 1, 1, 1, 1]
+
+
+def test_a_line_that_a_power_cut_has_torn_costs_itself_alone(tmp_path: Path) -> None:
+    for restart in (0, 1):
+        _note(Task(12, restart, "batch"), tmp_path, 1, "why")
+        with (tmp_path / "slurm" / "failures.jsonl").open("a") as file:
+            file.write('{"job": 12, "ti')
+    assert [failure["restart"] for failure in failures(tmp_path)] == [0, 1]
+    assert _note(Task(12, 2, "batch"), tmp_path, 1, "why") == 3
+
+
+def test_a_run_that_is_another_s_by_now_is_left_to_it(tmp_path: Path) -> None:
+    mine = Task(12, 0, "batch")
+    assert _gone(mine, tmp_path) == "", "a dataset that is made has no starts"
+    Start(tmp_path, "12.0.0.a", Task(12, 0, "0")).begin(ranks=4)
+    assert _gone(mine, tmp_path) == ""
+    Start(tmp_path, "b", None).begin(ranks=1)
+    assert "begun again by a start by hand" in _gone(mine, tmp_path)
+    Start(tmp_path, "13.0.0.c", Task(13, 0, "0")).begin(ranks=4)
+    assert "begun again by job 13" in _gone(mine, tmp_path)
+    assert _gone(Task(13, 0, "batch"), tmp_path) == ""
+    (tmp_path / "STOP").touch()
+    assert "told to stop" in _gone(Task(13, 0, "batch"), tmp_path)
 
 
 def test_outside_of_a_job_nothing_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,8 @@ def test_a_line_that_a_power_cut_has_left_is_passed_over(tmp_path: Path) -> None
     with (tmp_path / STARTS).open("a") as file:
         file.write('{"began": "12.')
     start.check()
+    begin(tmp_path, 12, 1).check()
+    assert [record["restart"] for record in read(tmp_path)] == [0, 1]
 
 
 def test_the_newest_checkpoint_that_is_whole_tells_how_far_a_run_has_come(tmp_path: Path) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from range_server import serving
 
 from fmscale.beforehand import check_train
-from fmscale.config import TrainConfig, dump
+from fmscale.config import EncodeConfig, TrainConfig, dump
 from fmscale.errors import UserError
 from fmscale.section import check
 from fmscale.site import Site, worlds
 from fmscale.submit import Order, batch_script, read_order, submit
+from fmscale.submit import check as examine
 
 
 def make_site(**values: object) -> Site:
@@ -39,6 +41,11 @@ def test_how_many_ranks_a_job_may_get(values: dict[str, object], expected: tuple
         ({"nodes": "all"}, "nodes"),
         ({"gpus_per_node": 8, "tasks_per_node": 2}, "one process per GPU"),
         ({"partiton": "gpu"}, "did you mean partition"),
+        ({"environment": {"A=1; touch x #": "y"}}, "environment"),
+        ({"sbatch": {"hold\ntouch x": 1}}, "sbatch"),
+        ({"sbatch": {"time": "1:00", "nodes": 3}}, "may not hold nodes, time"),
+        ({"partition": "a\ntouch x"}, "line break"),
+        ({"srun": ["--a\n--b"]}, "line break"),
     ],
 )
 def test_a_site_that_makes_no_sense_is_refused(values: dict[str, object], said: str) -> None:
@@ -54,6 +61,12 @@ def test_a_site_that_makes_no_sense_is_refused(values: dict[str, object], said: 
         (("model.heads=4000",), {}, "run_dir: .* GB are free"),
         ((), {"write_gb_per_s": 1e-9}, "site.signal_delay_s: 90 leaves 65 s"),
         ((), {"time_min": 2}, "site.time_min"),
+        (("steps=100_000_000", "checkpoint.keep_every_steps=4"), {}, "run_dir: 25000001 checkpoints"),
+        (("steps=100_000_000", "ema.sigma_rels=[0.05]", "ema.snapshot_every_steps=4"), {}, "and 25000000 snapshots"),
+        (("data.path='pipe:cat {name} {range}'",), {}, "--allow-pipe"),
+        (("run_dir=/tmp/100%",), {}, "holds a %, a backslash"),
+        (("run_dir=/usr",), {}, "is not empty and holds no run"),
+        ((f"run_dir=/tmp/{'x' * 300}",), {}, "cannot be looked at"),
     ],
 )
 def test_what_could_not_run_is_refused(
@@ -64,8 +77,21 @@ def test_what_could_not_run_is_refused(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(UserError, match=said):
-        check_train(make_config(tmp_path / "run", *overrides), make_site(**site))
-    check_train(make_config(tmp_path / "run"), make_site())
+        examine(Order("train", make_config(tmp_path / "run", *overrides), make_site(**site)))
+    examine(Order("train", make_config(tmp_path / "run"), make_site()))
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "said"),
+    [
+        ("train", {"workers": 3}, "--workers: only `encode`"),
+        ("encode", {"at_once": 3}, "--at-once: .* give those too"),
+        ("encode", {"flags": ["--allow-append"]}, "--allow-append: is for `train`"),
+    ],
+)
+def test_arguments_of_another_command_are_refused(command: str, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        examine(Order(command, None, make_site(), **more))
 
 
 def test_a_shard_that_is_gone_is_missed(make_config: Callable[..., TrainConfig], dataset: Path, tmp_path: Path) -> None:
@@ -136,6 +162,24 @@ def test_what_a_script_says(make_config: Callable[..., TrainConfig], tmp_path: P
         f"'/opt/my env/bin/python' {tmp_path}/folder/code train --allow-append {tmp_path}/folder/train.yaml"
     )
     assert lines[-1] == f"'/opt/my env/bin/python' {tmp_path}/folder/code requeue {tmp_path}/run $?"
+
+
+def test_an_array_shares_its_nodes_and_relative_paths_stay_what_they_are(
+    make_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    site = make_site(sbatch={"exclusive": True, "hold": False}, setup=["cd /"], venv="~/env")
+    lines = batch_script(Order("train", make_config(Path("a b")), site), tmp_path / "folder").splitlines()
+    assert "#SBATCH --exclusive" in lines
+    assert not any("--hold" in line for line in lines)
+    assert f"source {Path.home()}/env/bin/activate" in lines
+    assert lines.index(f"cd {tmp_path} || exit 2") == lines.index("cd /") + 1
+    assert "#SBATCH --job-name=a_b" in lines
+    text = {"clip_l": {"path": "clip"}}
+    encode = check(EncodeConfig, {"out": "out", "images": "in", "vae": "vae", "text": text}, "test")
+    lines = batch_script(Order("encode", encode, site, workers=4), tmp_path / "folder").splitlines()
+    assert "#SBATCH --array=0-3%4" in lines
+    assert "#SBATCH --exclusive" not in lines
 
 
 def test_a_dry_run_writes_nothing(

@@ -169,7 +169,7 @@ def write(order: Order, folder: Path, script: str) -> None:
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     folder.mkdir(mode=0o700)
     package = Path(__file__).parent
-    shutil.copytree(package, folder / "code" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(package, folder / "code" / package.name)  # with its bytecode: else each rank would compile it anew
     (folder / "code" / "__main__.py").write_text(MAIN)
     (folder / "code" / "commit").write_text(git_hash() or "")
     (folder / f"{order.command}.yaml").write_text(dump(order.config))

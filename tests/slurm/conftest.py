@@ -16,6 +16,9 @@ from slurm.cluster import Cluster, missing, wait_until
 from fmscale.config import TrainConfig, dump
 from fmscale.starts import read
 
+STEPS = 120
+SLOW = ("micro_batch=1", "log.every_steps=1")  # a few steps a second
+SAVING = (*SLOW, f"steps={STEPS}", "checkpoint.every_steps=10")
 START_S = 600  # four ranks import what they need on two cores, which may have other work
 SITES = Path(__file__).parents[2] / "launch" / "sites"
 
@@ -155,19 +158,20 @@ def submit(
 @pytest.fixture(scope="session")
 def undisturbed(
     make_config: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., dict[int, float]]:
-    """Losses by step of a run on four local ranks that nobody disturbs."""
-    known: dict[tuple[str, ...], dict[int, float]] = {}
+) -> Callable[[int], dict[int, float]]:
+    """Losses of so many steps of the slow run, on four local ranks that nobody disturbs."""
+    known: dict[int, float] = {}
 
-    def run(*overrides: str) -> dict[int, float]:
-        if overrides not in known:
-            config = make_config(tmp_path_factory.mktemp("undisturbed") / "run", *overrides)
+    def run(steps: int) -> dict[int, float]:
+        if steps > len(known):
+            slow = (f"steps={max(steps, STEPS)}", *SLOW, "checkpoint.every_steps=1000")
+            config = make_config(tmp_path_factory.mktemp("undisturbed") / "run", *slow)
             path = config.run_dir.with_suffix(".yaml")
             path.write_text(dump(config))
             command = [sys.executable, "-m", "fmscale", "train", str(path), "--nproc", "4"]
             subprocess.run(command, check=True, timeout=2 * START_S)
-            known[overrides] = losses(config.run_dir)
-        return known[overrides]
+            known.update(losses(config.run_dir))
+        return {step: known[step] for step in range(1, steps + 1)}
 
     return run
 

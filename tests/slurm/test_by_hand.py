@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 from slurm.cluster import Cluster, wait_until
-from slurm.conftest import START_S, Submitted, losses
+from slurm.conftest import SLOW, START_S, Submitted, losses
 
 from fmscale.config import TrainConfig, dump
 from fmscale.starts import read
 
 ROOT = Path(__file__).parents[2]
-SLOW = ("steps=120", "micro_batch=1", "log.every_steps=1", "checkpoint.every_steps=1000")
 WORLD = ("--nodes=2", "--ntasks-per-node=2")
 
 
@@ -40,29 +39,29 @@ def test_the_script_leaves_and_comes_back_too(
     by_hand: Callable[..., Submitted],
     make_config: Callable[..., TrainConfig],
     tmp_path: Path,
-    undisturbed: Callable[..., dict[int, float]],
+    undisturbed: Callable[[int], dict[int, float]],
 ) -> None:
-    job = by_hand(make_config(tmp_path / "run", *SLOW))
+    job = by_hand(make_config(tmp_path / "run", *SLOW, "steps=60", "checkpoint.every_steps=1000"))
     job.wait_for("step 20", lambda: job.steps() >= 20)
     cluster("scancel", "--signal=USR2", job.job)
     job.wait_for_end()
     assert (job.restarts(), job.endings()) == (1, ["left", "done"])
     assert f"== job {job.job} left as asked; requeued" in (tmp_path / "log.txt").read_text()
-    assert losses(job.run_dir) == undisturbed(*SLOW)
+    assert losses(job.run_dir) == undisturbed(60)
 
 
 def test_ranks_of_srun_find_one_another(
     cluster: Cluster,
     make_config: Callable[..., TrainConfig],
     tmp_path: Path,
-    undisturbed: Callable[..., dict[int, float]],
+    undisturbed: Callable[[int], dict[int, float]],
 ) -> None:
-    config = make_config(tmp_path / "run")
+    config = make_config(tmp_path / "run", *SLOW)
     path = tmp_path / "run.yaml"
     path.write_text(dump(config))
     command = ["salloc", *WORLD, "srun", sys.executable, "-m", "fmscale", "train", str(path)]
     subprocess.run(command, env=cluster.environment, check=True, timeout=START_S, capture_output=True)
-    assert losses(config.run_dir) == undisturbed()
+    assert losses(config.run_dir) == undisturbed(8)
     assert [record["ranks"] for record in read(config.run_dir) if "began" in record] == [4]
     assert list((config.run_dir / "slurm").iterdir()) == [], "the address is of no use once they have met"
     wait_until(lambda: cluster("squeue", "--noheader") == "", "the end of the allocation")

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 from slurm.cluster import Cluster
-from slurm.conftest import Submitted, losses
+from slurm.conftest import SLOW, STEPS, Submitted, losses
 
 from fmscale.config import TrainConfig
 
-# Two steps a second; nothing is saved before the end but what signals ask for.
-SLOW = ("steps=120", "micro_batch=1", "log.every_steps=1", "checkpoint.every_steps=1000")
+UNSAVED = (*SLOW, "checkpoint.every_steps=1000")  # nothing is saved before the end but what signals ask for
 
 
 @pytest.fixture
@@ -21,14 +20,14 @@ def start(
     make_config: Callable[..., TrainConfig], tmp_path: Path, submit: Callable[..., Submitted]
 ) -> Callable[..., Submitted]:
     """Submits the slow run; overrides of the site."""
-    return lambda *overrides: submit(make_config(tmp_path / "run", *SLOW), *overrides)
+    return lambda *overrides: submit(make_config(tmp_path / "run", *UNSAVED, f"steps={STEPS}"), *overrides)
 
 
 def train_until(job: Submitted, steps: int) -> None:
     job.wait_for(f"step {steps}", lambda: job.steps() >= steps)
 
 
-def check_nothing_was_lost(job: Submitted, undisturbed: Callable[..., dict[int, float]], left: int) -> None:
+def check_nothing_was_lost(job: Submitted, undisturbed: Callable[[int], dict[int, float]], left: int) -> None:
     """The run left so many times, was done in the end, went on with the next step each time, and is the same run."""
     assert job.endings() == ["left"] * left + ["done"], job.log()
     assert job.restarts() == left
@@ -37,11 +36,11 @@ def check_nothing_was_lost(job: Submitted, undisturbed: Callable[..., dict[int, 
     assert starts == [0, *stops]
     shown = [int(step) for step in re.findall(r"^step (\d+) of 120", job.log(), flags=re.MULTILINE)]
     assert shown == list(range(1, 121)), "a step was lost, or done twice"
-    assert losses(job.run_dir) == undisturbed(*SLOW)
+    assert losses(job.run_dir) == undisturbed(STEPS)
 
 
 def test_three_signals(
-    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[..., dict[int, float]]
+    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[[int], dict[int, float]]
 ) -> None:
     job = start()
     for times in (1, 2, 3):
@@ -53,7 +52,7 @@ def test_three_signals(
 
 
 def test_preemption(
-    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[..., dict[int, float]]
+    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[[int], dict[int, float]]
 ) -> None:
     job = start("site.partition=low")
     train_until(job, 20)
@@ -68,11 +67,10 @@ def test_time_limit(
     tmp_path: Path,
     submit: Callable[..., Submitted],
     fmscale: Callable[..., object],
-    undisturbed: Callable[..., dict[int, float]],
+    undisturbed: Callable[[int], dict[int, float]],
 ) -> None:
     """The run would go on for hours, and is stopped when it has come back."""
-    overrides = [f"steps={10**6}" if part.startswith("steps") else part for part in SLOW]
-    job = submit(make_config(tmp_path / "run", *overrides), "site.time_min=2", "site.signal_delay_s=60")
+    job = submit(make_config(tmp_path / "run", *UNSAVED, f"steps={10**6}"), "site.time_min=2", "site.signal_delay_s=60")
     job.wait_for("the job's return", lambda: job.restarts() == 1)
     left = job.steps()
     assert left > 0
@@ -81,4 +79,4 @@ def test_time_limit(
     job.wait_for_end()
     assert job.endings() == ["left", "stopped"], job.log()
     assert re.findall(r"^run .* steps (\d+) to", job.log(), flags=re.MULTILINE) == ["0", str(left)]
-    assert losses(job.run_dir) == undisturbed(f"steps={job.steps()}", *SLOW[1:])
+    assert losses(job.run_dir) == undisturbed(job.steps())

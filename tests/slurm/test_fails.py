@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 from slurm.cluster import Cluster, wait_until
-from slurm.conftest import Submitted, losses
+from slurm.conftest import SAVING, STEPS, Submitted, losses
 
 from fmscale.config import TrainConfig
 from fmscale.requeue import failures
 
-SLOW = ("steps=120", "micro_batch=1", "log.every_steps=1")
 END_S = 30  # from a rank's death to the end of its job
 
 
@@ -25,14 +24,14 @@ def start(
     make_config: Callable[..., TrainConfig], tmp_path: Path, submit: Callable[..., Submitted]
 ) -> Callable[..., Submitted]:
     """Submits the slow run, which saves every ten steps; overrides of the site."""
-    return lambda *site: submit(make_config(tmp_path / "run", *SLOW, "checkpoint.every_steps=10"), *site)
+    return lambda *site: submit(make_config(tmp_path / "run", *SAVING), *site)
 
 
-def check_it_is_the_same_run(job: Submitted, undisturbed: Callable[..., dict[int, float]]) -> None:
-    assert losses(job.run_dir) == undisturbed(*SLOW, "checkpoint.every_steps=1000")
+def check_it_is_the_same_run(job: Submitted, undisturbed: Callable[[int], dict[int, float]]) -> None:
+    assert losses(job.run_dir) == undisturbed(STEPS)
 
 
-def test_one_rank_killed(start: Callable[..., Submitted], undisturbed: Callable[..., dict[int, float]]) -> None:
+def test_one_rank_killed(start: Callable[..., Submitted], undisturbed: Callable[[int], dict[int, float]]) -> None:
     job = start()
     job.wait_for("step 15", lambda: job.steps() >= 15)
     killed = time.monotonic()
@@ -48,14 +47,14 @@ def test_one_rank_killed(start: Callable[..., Submitted], undisturbed: Callable[
 
 
 def test_a_rank_that_hangs_when_the_job_is_told_to_leave(
-    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[..., dict[int, float]]
+    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[[int], dict[int, float]]
 ) -> None:
-    job = start("site.signal_delay_s=30")
+    job = start("site.signal_delay_s=45")
     job.wait_for("step 15", lambda: job.steps() >= 15)
     os.kill(job.processes(2)[0], signal.SIGSTOP)
     told = time.monotonic()
     cluster("scancel", "--signal=USR2", job.job)
-    wait_until(lambda: bool(failures(job.run_dir)), "the end of the job", 30)
+    wait_until(lambda: bool(failures(job.run_dir)), "the end of the job", 60)
     print(f"the job ended {time.monotonic() - told:.1f} s after it was told to leave")
     assert re.match(
         r"rank 2 on n\d .*: not through, and the job was told to end \d+ s ago", failures(job.run_dir)[0]["why"]

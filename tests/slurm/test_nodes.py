@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 from slurm.cluster import Cluster, wait_until
-from slurm.conftest import START_S, Submitted, losses
+from slurm.conftest import SAVING, SLOW, START_S, STEPS, Submitted, losses
 
 from fmscale.config import TrainConfig
 from fmscale.engine.checkpoint import find_all, open_checkpoint, verify
 from fmscale.starts import read
 
-SLOW = ("steps=120", "micro_batch=1", "log.every_steps=1")
 NOTICED_S = 120  # by when Slurm has given a node up, or taken it back
 
 
@@ -27,12 +26,12 @@ def start(
     make_config: Callable[..., TrainConfig], tmp_path: Path, submit: Callable[..., Submitted]
 ) -> Callable[..., Submitted]:
     """Submits the slow run, which saves every ten steps; overrides of the site."""
-    return lambda *site: submit(make_config(tmp_path / "run", *SLOW, "checkpoint.every_steps=10"), *site)
+    return lambda *site: submit(make_config(tmp_path / "run", *SAVING), *site)
 
 
-def check_it_is_the_same_run(job: Submitted, undisturbed: Callable[..., dict[int, float]]) -> None:
+def check_it_is_the_same_run(job: Submitted, undisturbed: Callable[[int], dict[int, float]]) -> None:
     """The same losses, each step once, and nothing in the run directory that is not whole."""
-    assert losses(job.run_dir) == undisturbed(*SLOW, "checkpoint.every_steps=1000")
+    assert losses(job.run_dir) == undisturbed(STEPS)
     folders = find_all(job.run_dir / "checkpoints")
     assert folders[-1].name == "step-00000120"
     assert {entry.name for entry in (job.run_dir / "checkpoints").iterdir()} == {folder.name for folder in folders}
@@ -41,7 +40,7 @@ def check_it_is_the_same_run(job: Submitted, undisturbed: Callable[..., dict[int
 
 
 def test_power_cut(
-    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[..., dict[int, float]]
+    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[[int], dict[int, float]]
 ) -> None:
     job = start()
     job.wait_for("step 15", lambda: job.steps() >= 15)
@@ -60,7 +59,7 @@ def test_power_cut(
 
 
 def test_a_rank_that_is_left_behind_cannot_write(
-    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[..., dict[int, float]]
+    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[[int], dict[int, float]]
 ) -> None:
     """All ranks of a job wake on a node that Slurm has given up, with a disk that they share with the next start."""
     job = start("site.nodes=1", "site.tasks_per_node=4")
@@ -85,7 +84,7 @@ def test_a_rank_that_is_left_behind_cannot_write(
 
 
 def test_a_range_of_nodes(
-    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[..., dict[int, float]]
+    cluster: Cluster, start: Callable[..., Submitted], undisturbed: Callable[[int], dict[int, float]]
 ) -> None:
     cluster("scontrol", "update", "NodeName=n2,n3", "State=DRAIN", "Reason=test")
     try:
@@ -96,7 +95,7 @@ def test_a_range_of_nodes(
     cluster("scancel", "--signal=USR2", job.job)
     job.wait_for_end()
     assert [record["ranks"] for record in began(job)] == [2, 4]
-    ours, theirs = losses(job.run_dir), undisturbed(*SLOW, "checkpoint.every_steps=1000")
+    ours, theirs = losses(job.run_dir), undisturbed(STEPS)
     assert max(abs(ours[step] - theirs[step]) / theirs[step] for step in theirs) <= 1e-5
 
 
@@ -113,14 +112,15 @@ def test_another_world(
     make_config: Callable[..., TrainConfig],
     tmp_path: Path,
     submit: Callable[..., Submitted],
-    undisturbed: Callable[..., dict[int, float]],
+    undisturbed: Callable[[int], dict[int, float]],
 ) -> None:
-    short = ("steps=16", "log.every_steps=1")
-    submit(make_config(tmp_path / "run", "steps=8", "log.every_steps=1")).wait_for_end()
-    job = submit(make_config(tmp_path / "run", *short), f"site.nodes={nodes}", f"site.tasks_per_node={tasks}")
+    submit(make_config(tmp_path / "run", *SLOW, "steps=8")).wait_for_end()
+    job = submit(
+        make_config(tmp_path / "run", *SLOW, "steps=16"), f"site.nodes={nodes}", f"site.tasks_per_node={tasks}"
+    )
     job.wait_for_end()
     assert f"{nodes * tasks} ranks" in job.log()
-    ours, theirs = losses(job.run_dir), undisturbed(*short)
+    ours, theirs = losses(job.run_dir), undisturbed(16)
     worst = max(abs(ours[step] - theirs[step]) / theirs[step] for step in theirs)
     print(f"losses on {nodes} x {tasks} ranks differ by at most {worst:.1e}")
     assert len(ours) == 16

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from slurm.cluster import Cluster
-from slurm.conftest import SITES, Submitted, losses
+from slurm.conftest import SITES, SLOW, Submitted, losses
 
 from fmscale.config import TrainConfig, dump
 from fmscale.starts import read
@@ -20,10 +20,10 @@ def test_a_submitted_run_is_the_one_that_local_ranks_train(
     make_config: Callable[..., TrainConfig],
     tmp_path: Path,
     site: Path,
-    undisturbed: Callable[..., dict[int, float]],
+    undisturbed: Callable[[int], dict[int, float]],
     fmscale: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
-    config = make_config(tmp_path / "run")
+    config = make_config(tmp_path / "run", *SLOW)
     path = tmp_path / "train.yaml"
     path.write_text(dump(config))
     followed = fmscale("submit", "train", path, "--site", site, "--follow")
@@ -31,7 +31,7 @@ def test_a_submitted_run_is_the_one_that_local_ranks_train(
     (start,) = [record for record in read(config.run_dir) if "began" in record]
     job = Submitted(cluster, config.run_dir, str(start["job"]))
     assert job.endings() == ["done"]
-    assert losses(config.run_dir) == undisturbed()
+    assert losses(config.run_dir) == undisturbed(8)
     assert "step 8 of 8" in followed.stdout
     assert followed.stdout == fmscale("logs", config.run_dir).stdout
     assert f"job {job.job}: COMPLETED" in followed.stderr

@@ -44,7 +44,7 @@ def test_three_tasks_of_which_one_is_killed(cluster: Cluster, site: Path, tmp_pa
         os.kill(victim.processes(0)[0], signal.SIGKILL)
         wait_until(lambda: not cluster("squeue", "--noheader", "--jobs", array), "the end of the array", 2 * START_S)
         assert victim.restarts() == 1
-        assert "fmscale encode" in fmscale("logs", out, "--rank", "2").stdout
+        assert "== job" in fmscale("logs", out, "--rank", "2").stdout
         states = cluster("sacct", "-X", "-n", "-P", "-o", "State", "-j", array).split()
         assert states == ["COMPLETED"] * 3
     finally:

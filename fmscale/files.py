@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,14 +55,25 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def append(path: Path, *records: Mapping[str, Any]) -> None:
-    """Add lines to a file that other processes add lines to as well, each in one write, on a line of its own."""
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    """Add lines to a file that other processes add lines to as well, each line in one write."""
+    _append(path, [json.dumps(record) for record in records])
+
+
+def append_safely(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line, such that one that a power cut has torn does not swallow it; for files with one writer at a time."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                _append(path, [""])
+    append(path, record)
+
+
+def _append(path: Path, lines: Iterable[str]) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        size = os.fstat(descriptor).st_size
-        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a power cut
-        for number, record in enumerate(records):
-            start = "\n" if torn and number == 0 else ""
-            os.write(descriptor, f"{start}{json.dumps(record)}\n".encode())
+        for line in lines:
+            os.write(descriptor, f"{line}\n".encode())
     finally:
         os.close(descriptor)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from fmscale import slurm
 from fmscale.errors import UserError
-from fmscale.files import append, read_records
+from fmscale.files import append_safely, read_records
 from fmscale.slurm import Task, this_task
 from fmscale.starts import BEGAN, ENDED, STOP, newest_start, read, updates_saved
 
@@ -96,7 +96,7 @@ def _note(task: Task, folder: Path, code: int, why: str) -> int:
     idle = 0 if reached > last else 1 + (before[-1]["idle"] if before else 0)
     place.parent.mkdir(parents=True, exist_ok=True)
     facts = {"time": time.time(), "code": code, "reached": reached, "idle": idle, "why": why}
-    append(place, {"job": task.job, "restart": task.restart, **facts})
+    append_safely(place, {"job": task.job, "restart": task.restart, **facts})
     return idle
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from fmscale.distributed import World, everywhere, from_main
 from fmscale.errors import OutageError
-from fmscale.files import append, read_records
+from fmscale.files import append_safely, read_records
 from fmscale.slurm import Task, this_task
 
 STARTS = "starts.jsonl"
@@ -54,7 +54,7 @@ class Start(NamedTuple):
         self.run_dir.mkdir(parents=True, exist_ok=True)
         where = {"job": self.task.job, "restart": self.task.restart} if self.task else {}
         facts = {"host": socket.gethostname(), "ranks": ranks, "updates": updates_saved(self.run_dir)}
-        append(self.run_dir / STARTS, {BEGAN: self.name, "time": time.time(), **where, **facts})
+        append_safely(self.run_dir / STARTS, {BEGAN: self.name, "time": time.time(), **where, **facts})
 
     def check(self) -> None:
         """Refuse to write on behalf of a start that is no longer the newest.
@@ -79,7 +79,7 @@ class Start(NamedTuple):
     def end(self, how: Ending, why: str = "") -> None:
         """Say how this start has ended; rank 0 calls it."""
         facts = {"how": how, "why": " ".join(why.split())}
-        append(self.run_dir / STARTS, {ENDED: self.name, "time": time.time(), **facts})
+        append_safely(self.run_dir / STARTS, {ENDED: self.name, "time": time.time(), **facts})
 
 
 def new_start(run_dir: Path, world: World) -> Start:

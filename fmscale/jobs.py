@@ -23,7 +23,10 @@ TAIL_BYTES = 1 << 16  # of metrics.jsonl: the last twenty steps and more
 STEPS = 20  # whose times tell how long the others will take
 MARK = "fmscale:"  # what the comments of our jobs begin with; the run directory follows
 COLUMNS = ("run", "job", "state", "step", "loss", "images/s", "heartbeat", "restarts", "left", "last error")
-ENDED_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+ENDED_STATES = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"),
+    *("PREEMPTED", "REVOKED"),
+)
 FORGOTTEN = "FORGOTTEN"  # neither the controller nor the accounts know the job any more
 
 
@@ -54,7 +57,7 @@ def describe(job: str) -> dict[str, str]:
         return {"JobState": "-"}
     try:
         told = slurm.describe(job)
-        states = [one["JobState"] for one in told] or _account(job)
+        states = [one["JobState"] for one in told] or _account(job)  # the controller forgets jobs after a while
     except OutageError as error:
         return {"JobState": "UNKNOWN", "error": str(error)}
     counted = ", ".join(f"{count} {state}" for state, count in Counter(states).most_common())
@@ -63,7 +66,10 @@ def describe(job: str) -> dict[str, str]:
 
 
 def _account(job: str) -> list[str]:
-    lines = slurm.ask("sacct", "-X", "-n", "-P", "-o", "State", "-j", job).splitlines()
+    try:
+        lines = slurm.ask("sacct", "-X", "-n", "-P", "-o", "State", "-j", job).splitlines()
+    except OutageError:  # many clusters keep no accounts
+        return []
     return [line.split()[0] for line in lines if line.split()]  # `CANCELLED by 0`
 
 

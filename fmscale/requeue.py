@@ -73,8 +73,8 @@ def _gone(task: Task, folder: Path) -> str:
     """Why the work in a folder is no longer this job's; empty where it is."""
     if (folder / STOP).exists():
         return "the run was told to stop"
-    newest = newest_start(folder)
-    if newest and newest.get("job") != task.job:
+    newest, begun = newest_start(folder), any(record.get("job") == task.job for record in read(folder))
+    if begun and newest.get("job") != task.job:  # one that has not begun yet finds older starts than itself
         other = f"job {newest['job']}" if "job" in newest else "a start by hand"
         return f"the run was begun again by {other}, on {newest['host']}"
     return ""
@@ -87,13 +87,14 @@ def _of(task: Task, folder: Path, kind: str) -> dict[str, Any]:
 
 
 def _note(task: Task, folder: Path, code: int, why: str) -> int:
-    """Write a failure down; returns how many there were in a row without progress, this one included."""
+    """Write a failure down; returns how many alike there were in a row without progress, this one included."""
     place = folder / slurm.FOLDER / FAILURES
     before = [record for record in failures(folder) if record["job"] == task.job]
     reached = progress(folder)
     began = _of(task, folder, BEGAN)
     last = before[-1]["reached"] if before else began.get("updates", reached)
-    idle = 0 if reached > last else 1 + (before[-1]["idle"] if before else 0)
+    alike = bool(before) and (before[-1]["code"] in LEFT_CODES) == (code in LEFT_CODES)
+    idle = 0 if reached > last else 1 + (before[-1]["idle"] if alike else 0)
     place.parent.mkdir(parents=True, exist_ok=True)
     facts = {"time": time.time(), "code": code, "reached": reached, "idle": idle, "why": why}
     append_safely(place, {"job": task.job, "restart": task.restart, **facts})

@@ -34,6 +34,7 @@ from fmscale.requeue import OPENING
 from fmscale.runs import git_hash
 from fmscale.section import dump
 from fmscale.site import Site, processes_per_node
+from fmscale.starts import STOP
 
 log = get_logger(__name__)
 MAIN = """from fmscale.__main__ import main
@@ -41,6 +42,7 @@ MAIN = """from fmscale.__main__ import main
 if __name__ == "__main__":
     main()
 """
+UNCERTAIN = ("timed out", "no answer")  # then Slurm may have taken the job all the same
 WAIT_S = 10  # from the end of a rank to that of the others, which name it meanwhile
 
 
@@ -111,13 +113,15 @@ def submit(order: Order, dry_run: bool = False, then_follow: bool = False) -> in
         return 0
     if order.command == "train":
         refuse_a_second_job(order.folder)
+        (order.folder / STOP).unlink(missing_ok=True)  # it was meant for a job that has ended
     try:
         write(order, folder, script)
         job = slurm.ask("sbatch", "--parsable", str(folder / "job.sh")).strip().partition(";")[0]
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    except OutageError:
-        shutil.rmtree(folder)  # of what never was
+    except OutageError as error:
+        if not any(words in str(error) for words in UNCERTAIN):
+            shutil.rmtree(folder)  # of what never was
         raise
     facts = {"job": int(job), "command": order.command, "workers": order.workers, "time": time.time()}
     (folder / "job.json").write_text(json.dumps(facts) + "\n")
@@ -188,6 +192,7 @@ def batch_script(order: Order, folder: Path) -> str:
 
     site, array = order.site, order.workers is not None
     program = f"{shlex.quote(python(site))} {shlex.quote(str(folder / 'code'))}"
+    comes_back = f"{program} requeue {shlex.quote(str(order.folder))}"
     words = [order.command, *order.flags, str(folder / f"{order.command}.yaml")]
     per_node = 1 if array else processes_per_node(site)
     # Ranks wait for one another; workers that share nothing go on where one has ended.
@@ -207,8 +212,8 @@ def batch_script(order: Order, folder: Path) -> str:
         gpus_per_node=min(site.gpus_per_node, per_node) or None,
         mem=None if site.mem_gb is None else f"{round(1024 * site.mem_gb * per_node / processes_per_node(site))}M",
         signal_delay_s=site.signal_delay_s,
-        setup=setup(site),
-        teardown=[f"{program} requeue {shlex.quote(str(order.folder))} $?"],
+        setup=[*setup(site), f"cd {shlex.quote(str(Path.cwd()))} || exec {comes_back} 1"],  # where relative paths start
+        teardown=[f"{comes_back} $?"],
         map_count=order.workers,
         array_parallelism=order.at_once or order.workers or 1,
         stderr_to_stdout=True,
@@ -235,8 +240,7 @@ def setup(site: Site) -> list[str]:
     lines += [f"source {shlex.quote(str(site.venv.expanduser() / 'bin' / 'activate'))}"] if site.venv else []
     lines += [f"export {slurm.DELAY}={site.signal_delay_s} OMP_NUM_THREADS={site.cpus_per_task}"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
-    here = shlex.quote(str(Path.cwd()))  # what relative paths of the config start from
-    return [*lines, *site.setup, f"cd {here} || exit 2"]
+    return [*lines, *site.setup]
 
 
 def python(site: Site) -> str:

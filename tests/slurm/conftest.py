@@ -155,6 +155,14 @@ def submit(
         wait_until(lambda one=one: one.state() not in ("RUNNING", "COMPLETING", "PENDING"), "the end of a job")
 
 
+@pytest.fixture
+def start(
+    make_config: Callable[..., TrainConfig], tmp_path: Path, submit: Callable[..., Submitted]
+) -> Callable[..., Submitted]:
+    """Submits the slow run, which saves every ten steps; overrides of the site."""
+    return lambda *site: submit(make_config(tmp_path / "run", *SAVING), *site)
+
+
 @pytest.fixture(scope="session")
 def undisturbed(
     make_config: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory

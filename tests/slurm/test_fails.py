@@ -9,22 +9,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from slurm.cluster import Cluster, wait_until
-from slurm.conftest import SAVING, STEPS, Submitted, losses
+from slurm.conftest import STEPS, Submitted, losses
 
 from fmscale.config import TrainConfig
 from fmscale.requeue import failures
 
 END_S = 30  # from a rank's death to the end of its job
-
-
-@pytest.fixture
-def start(
-    make_config: Callable[..., TrainConfig], tmp_path: Path, submit: Callable[..., Submitted]
-) -> Callable[..., Submitted]:
-    """Submits the slow run, which saves every ten steps; overrides of the site."""
-    return lambda *site: submit(make_config(tmp_path / "run", *SAVING), *site)
 
 
 def check_it_is_the_same_run(job: Submitted, undisturbed: Callable[[int], dict[int, float]]) -> None:

@@ -12,21 +12,13 @@ from typing import Any
 
 import pytest
 from slurm.cluster import Cluster, wait_until
-from slurm.conftest import SAVING, SLOW, START_S, STEPS, Submitted, losses
+from slurm.conftest import SLOW, START_S, STEPS, Submitted, losses
 
 from fmscale.config import TrainConfig
 from fmscale.engine.checkpoint import find_all, open_checkpoint, verify
 from fmscale.starts import read
 
 NOTICED_S = 120  # by when Slurm has given a node up, or taken it back
-
-
-@pytest.fixture
-def start(
-    make_config: Callable[..., TrainConfig], tmp_path: Path, submit: Callable[..., Submitted]
-) -> Callable[..., Submitted]:
-    """Submits the slow run, which saves every ten steps; overrides of the site."""
-    return lambda *site: submit(make_config(tmp_path / "run", *SAVING), *site)
 
 
 def check_it_is_the_same_run(job: Submitted, undisturbed: Callable[[int], dict[int, float]]) -> None:

@@ -43,16 +43,17 @@ def test_a_log_that_is_not_there_has_an_exit_code_for_a_cause(tmp_path: Path) ->
 
 
 def test_failures_without_progress_are_counted(tmp_path: Path) -> None:
-    def fail(restart: int, job: int = 12) -> int:
-        return _note(Task(job, restart, "batch"), tmp_path, 1, "why")
+    def fail(restart: int, job: int = 12, code: int = 1) -> int:
+        return _note(Task(job, restart, "batch"), tmp_path, code, "why")
 
     done = tmp_path / "unfinished" / "done"
     assert fail(0) == 1
     (done / "unit").mkdir(parents=True)
     assert fail(1) == 0
     assert [fail(2), fail(3)] == [1, 2]
+    assert [fail(4, code=140), fail(5, code=140), fail(6)] == [1, 2, 1], "to leave early is no failure"
     assert fail(0, job=13) == 1, "another job begins anew"
-    assert [failure["reached"] for failure in failures(tmp_path)] == [0, 1, 1, 1, 1]
+    assert [failure["reached"] for failure in failures(tmp_path)] == [0, 1, 1, 1, 1, 1, 1, 1]
 
 
 def test_a_line_that_a_power_cut_has_torn_costs_itself_alone(tmp_path: Path) -> None:
@@ -67,6 +68,8 @@ def test_a_line_that_a_power_cut_has_torn_costs_itself_alone(tmp_path: Path) -> 
 def test_a_run_that_is_another_s_by_now_is_left_to_it(tmp_path: Path) -> None:
     mine = Task(12, 0, "batch")
     assert _gone(mine, tmp_path) == "", "a dataset that is made has no starts"
+    Start(tmp_path, "11.0.0.z", Task(11, 0, "0")).begin(ranks=4)
+    assert _gone(mine, tmp_path) == "", "that job was before this one, which has not begun yet"
     Start(tmp_path, "12.0.0.a", Task(12, 0, "0")).begin(ranks=4)
     assert _gone(mine, tmp_path) == ""
     Start(tmp_path, "b", None).begin(ranks=1)

@@ -173,7 +173,9 @@ def test_an_array_shares_its_nodes_and_relative_paths_stay_what_they_are(
     assert "#SBATCH --exclusive" in lines
     assert not any("--hold" in line for line in lines)
     assert f"source {Path.home()}/env/bin/activate" in lines
-    assert lines.index(f"cd {tmp_path} || exit 2") == lines.index("cd /") + 1
+    (cd,) = [number for number, line in enumerate(lines) if line.startswith(f"cd {tmp_path} || exec ")]
+    assert lines[cd] == f"cd {tmp_path} || exec {lines[-1].removesuffix(' $?')} 1"
+    assert cd == lines.index("cd /") + 1
     assert "#SBATCH --job-name=a_b" in lines
     text = {"clip_l": {"path": "clip"}}
     encode = check(EncodeConfig, {"out": "out", "images": "in", "vae": "vae", "text": text}, "test")

@@ -225,8 +225,10 @@ class Watchdog:
             self._place = self._place._replace(trouble=CUT_OFF)
             time.sleep(3 * GONE_S)  # by when the verdict has named who is gone, and ended this process
         self._over.set()
-        for thread in self._threads:
-            thread.join(2 * BEAT_S)
+        for (
+            thread
+        ) in self._threads:  # Python aborts if it ends while one of them is in the store, which rank 0 may slow
+            thread.join(2 * BEAT_S if kind else self._limits.silent_s)
         if kind is not None:
             self._place = self._place._replace(trouble=FAILED)
             _at_most(2 * BEAT_S, self._leave_word)

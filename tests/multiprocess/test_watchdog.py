@@ -22,6 +22,7 @@ SILENT_S, STALLED_S = 6, 8
 SETTINGS = ("steps=100000", "log.every_steps=1", "data.workers=1", "micro_batch=8", f"guard.silent_s={SILENT_S}")
 PROGRAM = Path(__file__).parent / "train_and_hang.py"
 WATCHED = Path(__file__).parent / "watched.py"
+TO_THE_END = Path(__file__).parent / "watched_to_the_end.py"
 
 
 def children(pid: int) -> list[int]:
@@ -119,12 +120,14 @@ def test_an_error_of_rank_0_alone_is_heard_and_keeps_its_exit_code(
     assert ("Traceback" in said) is loop
 
 
-def start_watched(run_dir: Path, world_size: int) -> list[subprocess.Popen[str]]:
-    """Ranks of `watched.py`."""
+def start_watched(
+    run_dir: Path, world_size: int, program: Path = WATCHED, *arguments: str
+) -> list[subprocess.Popen[str]]:
+    """Ranks of a program that is watched."""
     port = free_port()
     return [
         subprocess.Popen(
-            [sys.executable, str(WATCHED), str(run_dir)],
+            [sys.executable, str(program), str(run_dir), *arguments],
             env=environment() | rank_environment(World(rank, rank, world_size), "127.0.0.1", port),
             stderr=subprocess.PIPE,
             text=True,
@@ -157,3 +160,14 @@ def test_an_error_is_told_though_rank_0_was_stopped(tmp_path: Path) -> None:
             process.wait()
     assert failed.returncode == 1
     assert "an error of rank 1" in said
+
+
+def test_a_rank_that_waits_in_the_store_at_the_end_ends_well(tmp_path: Path) -> None:
+    """Python would abort if it ended while a thread is there."""
+    ranks = start_watched(tmp_path, 2, TO_THE_END, "0.5")
+    try:
+        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], said

@@ -281,7 +281,7 @@ def _listens(address: str, port: int) -> bool:
     return True
 
 
-def wait_until(reached: Callable[[], bool], what: str, seconds: float = START_S) -> None:
+def wait_until(reached: Callable[[], bool], what: str, seconds: float = START_S, every_s: float = 0.2) -> None:
     """Wait for something that is to happen within so many seconds; commands that fail meanwhile are asked again."""
     deadline = time.monotonic() + seconds
     while True:
@@ -292,4 +292,4 @@ def wait_until(reached: Callable[[], bool], what: str, seconds: float = START_S)
         except CommandError as error:
             failure = str(error)
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what} {failure}"
-        time.sleep(0.2)
+        time.sleep(every_s)

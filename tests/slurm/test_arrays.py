@@ -36,12 +36,14 @@ def test_three_tasks_of_which_one_is_killed(cluster: Cluster, site: Path, tmp_pa
         def found() -> bool:
             shown = cluster("squeue", "--noheader", "--array", "--states=RUNNING", "--format=%K %A", "--jobs", array)
             tasks.update({line.split()[0]: Submitted(cluster, out, line.split()[1]) for line in shown.splitlines()})
-            return any(task.processes(0) for task in tasks.values()) and done(out) >= 2
+            return any(task.processes(0) for task in tasks.values())
 
-        wait_until(found, "the first units", START_S)
+        wait_until(found, "the first worker", START_S)
         assert len(cluster("squeue", "--noheader", "--states=RUNNING", "--jobs", array).splitlines()) <= 2
         victim = next(task for task in tasks.values() if task.processes(0))
-        os.kill(victim.processes(0)[0], signal.SIGKILL)
+        process = victim.processes(0)[0]
+        wait_until(lambda: done(out) >= 2, "the first units", START_S, every_s=0.01)  # all of them take but seconds
+        os.kill(process, signal.SIGKILL)
         wait_until(lambda: not cluster("squeue", "--noheader", "--jobs", array), "the end of the array", 2 * START_S)
         assert victim.restarts() == 1
         assert "== job" in fmscale("logs", out, "--rank", "2").stdout

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from fmscale.errors import UserError
 from fmscale.plain_yaml import parse_yaml
@@ -73,9 +73,7 @@ class DataConfig(Section):
         return self
 
 
-class ModelConfig(Section):
-    family: Literal["mmdit"] = "mmdit"
-    """Row of `fmscale.models.MODELS`."""
+class NetworkConfig(Section):
     layers: Positive = 24
     heads: Positive = 24
     head_dim: Positive = 64
@@ -86,14 +84,43 @@ class ModelConfig(Section):
     context_dim: Positive = 4096
     """Width of a text token; narrower CLIP features are padded with zeros."""
     pooled_dim: Positive = 2048
+    base_size: Positive = 16
+    """Patches on a side of a square image at the base resolution: what is drawn unless one says otherwise."""
+
+
+class MMDiTConfig(NetworkConfig):
+    family: Literal["mmdit"] = "mmdit"
+    """Stable Diffusion 3 and 3.5, whose positions count from the base resolution."""
     pos_embed_max_size: Positive = 192
     """Patches on a side that the position grid covers."""
-    base_size: Positive = 16
-    """Patches on a side of a square image at the base resolution."""
     qk_norm: bool = False
     """RMSNorm on queries and keys, as SD3.5 has it."""
     dual_attention_layers: tuple[int, ...] = ()
     """Layers with a second attention over the image alone, as SD3.5-medium has it."""
+
+
+class FluxConfig(NetworkConfig):
+    family: Literal["flux"]
+    """FLUX.1: `layers` blocks of two streams, then `single_layers` of one."""
+    layers: Positive = 19
+    single_layers: Positive = 38
+    head_dim: Positive = 128
+    pooled_dim: Positive = 768
+    rope_dims: tuple[Positive, Positive, Positive] = (16, 56, 56)
+    """Channels of a head that turn with each axis of position: one that images do not use, rows, columns."""
+    guidance_embed: bool = False
+    """The network is told how strong guidance is, as FLUX.1-dev is; in training, 1."""
+
+
+def _family(given: Any) -> str:
+    family = given.get("family", "mmdit") if isinstance(given, dict) else getattr(given, "family", None)
+    return str(family)
+
+
+ModelConfig = Annotated[
+    Annotated[MMDiTConfig, Tag("mmdit")] | Annotated[FluxConfig, Tag("flux")],
+    Discriminator(_family, custom_error_type="family", custom_error_message="family must be mmdit or flux"),
+]
 
 
 class FlowConfig(Section):
@@ -218,7 +245,7 @@ class TrainConfig(Section):
     micro_batch: Positive
     """Most images that one rank works on at once; accumulation follows from it, global_batch and the world size."""
     data: DataConfig
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = MMDiTConfig()
     flow: FlowConfig = FlowConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -261,13 +261,14 @@ def _check_latents(config: TrainConfig, mixture: Mixture) -> None:
         raise UserError(
             f"model.latent_channels: {config.model.latent_channels}, the dataset's latents have {mixture.channels}"
         )
-    limit = config.model.pos_embed_max_size * config.model.patch_size
+    covered = getattr(config.model, "pos_embed_max_size", None)  # rotary positions have no end
+    limit = covered * config.model.patch_size if covered else None
     for bucket in mixture.buckets:
         if bucket.height % config.model.patch_size or bucket.width % config.model.patch_size:
             raise UserError(
                 f"model.patch_size: {config.model.patch_size} does not divide the dataset's bucket {bucket.name}"
             )
-        if max(bucket.height, bucket.width) > limit:
+        if limit and max(bucket.height, bucket.width) > limit:
             raise UserError(
                 f"model.pos_embed_max_size: covers {limit} latent pixels, the dataset has bucket {bucket.name}"
             )

@@ -18,7 +18,8 @@ from fmscale.errors import UserError
 from fmscale.features import STORAGE
 from fmscale.files import new_folder
 from fmscale.log import get_logger
-from fmscale.models.names import POSITIONS, diffusers_config, diffusers_layout, position_parts
+from fmscale.models import blueprint
+from fmscale.models.mmdit_names import DIFFUSERS_POSITIONS, diffusers_config, diffusers_layout, position_parts
 from fmscale.runs import Run, Weights, use_run
 from fmscale.sample import EXPORT_NOTE, load_frozen, parse_roles
 from fmscale.stream import stream_weights
@@ -118,17 +119,13 @@ def _t5(encoders: dict[str, Any], context_dim: int) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _model_kwargs(run: Run) -> dict[str, Any]:
-    return run.config.model.model_dump(exclude={"family"})
-
-
 def _blueprint(run: Run) -> Any:
     """The transformer as diffusers builds it, without memory for its weights."""
     from diffusers import SD3Transformer2DModel
 
-    kwargs = _model_kwargs(run)
+    model = run.config.model
     with torch.device("meta"):
-        return SD3Transformer2DModel(**diffusers_config(kwargs, kwargs["base_size"] * kwargs["patch_size"]))
+        return SD3Transformer2DModel(**diffusers_config(model.model_dump(), model.base_size * model.patch_size))
 
 
 def write_transformer(run: Run, folder: Path, weights: Weights, dtype: torch.dtype) -> None:
@@ -143,14 +140,14 @@ def write_transformer(run: Run, folder: Path, weights: Weights, dtype: torch.dty
     Raises:
         UserError: the checkpoint is damaged, or has no such weights.
     """
-    kwargs = _model_kwargs(run)
+    model = blueprint(run.config.model.family, run.config.model.model_dump())
     _blueprint(run).save_config(folder)
     learned = run.parts(weights)
 
     def parts(name: str) -> Iterable[tuple[int, Tensor]]:
-        return position_parts(kwargs) if name == POSITIONS else learned(name)
+        return position_parts(model) if name == DIFFUSERS_POSITIONS else learned(name)
 
-    stream_weights(folder, diffusers_layout(kwargs), parts, dtype, full={POSITIONS})
+    stream_weights(folder, diffusers_layout(model), parts, dtype, full={DIFFUSERS_POSITIONS})
 
 
 def _note(run: Run, weights: Weights) -> dict[str, Any]:

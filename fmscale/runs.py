@@ -251,9 +251,9 @@ class Run:
 
 def build_model(config: TrainConfig) -> nn.Module:
     """The network that a config describes, freshly initialised."""
-    from fmscale.models import MODELS
+    from fmscale.models import build
 
-    return MODELS[config.model.family](**config.model.model_dump(exclude={"family"}))
+    return build(config.model.family, config.model.model_dump())
 
 
 def open_run(path: Path, step: int | None = None, weights: Weights | None = "ema") -> Run:

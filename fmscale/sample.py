@@ -224,17 +224,16 @@ def load_frozen(
 
 
 def _open_export(folder: Path) -> Generator:
-    from fmscale.models.mmdit import MMDiT
-    from fmscale.models.names import from_diffusers, model_kwargs_from_diffusers
+    from fmscale.models import blueprint
+    from fmscale.models.mmdit_names import from_diffusers, model_kwargs_from_diffusers
 
     device = world_from_environment().device
     note = _read_json(folder / EXPORT_NOTE)
     config = _read_json(folder / "transformer" / "config.json")
     kwargs = model_kwargs_from_diffusers(config, note["base_size"])
-    with torch.device("meta"):
-        model = MMDiT(**kwargs)
+    model = blueprint("mmdit", kwargs)
     state = {name: value.float() for name, value in _read_weights(folder / "transformer").items()}
-    model.load_state_dict(from_diffusers(state, kwargs), assign=True)
+    model.load_state_dict(from_diffusers(state, model), assign=True)
     present = {role: PIPELINE_FOLDERS[role] for role in note["encoders"]}  # a T5 that says zeros is not among them
     sources = {
         role: {"path": str(folder / model_name), "tokenizer": str(folder / tokenizer)}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 from fmscale.errors import UserError
 
@@ -37,12 +37,12 @@ def check(kind: type[ConfigType], data: dict[str, Any], where: str, given: dict[
         # An unknown key is often the cause of a missing one: say it first.
         first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        source = "command line" if _contains(given or {}, first["loc"]) else where
+        source = "command line" if _contains(given or {}, _resolve(kind, first["loc"])[0]) else where
         raise UserError(f"{source}: {_explain(kind, first)}{more}") from None
 
 
-def _contains(data: Any, loc: tuple[int | str, ...]) -> bool:
-    for part in loc:
+def _contains(data: Any, keys: Sequence[str]) -> bool:
+    for part in keys:
         if not isinstance(data, dict):
             return True
         if part not in data:
@@ -53,15 +53,17 @@ def _contains(data: Any, loc: tuple[int | str, ...]) -> bool:
 
 def _explain(kind: type[Section], problem: Any) -> str:
     """One problem as `key: what is wrong, what was given, what is allowed`."""
-    loc = problem["loc"]
-    name = ".".join(str(part) for part in loc) or "config"
+    keys, holder = _resolve(kind, problem["loc"])
+    name = ".".join(keys) or "config"
     if problem["type"] == "extra_forbidden":
-        allowed = _keys_at(kind, loc[:-1])
+        allowed = list(holder.model_fields)
         everywhere = [path for path, _ in flatten_schema(kind)]
-        near = difflib.get_close_matches(str(loc[-1]), allowed, 1, 0.6)
-        prefix = "".join(f"{part}." for part in loc[:-1])
-        guess = [prefix + near[0]] if near else [path for path in everywhere if path.split(".")[-1] == loc[-1]]
+        near = difflib.get_close_matches(keys[-1], allowed, 1, 0.6)
+        prefix = "".join(f"{key}." for key in keys[:-1])
+        guess = [prefix + near[0]] if near else [path for path in everywhere if path.split(".")[-1] == keys[-1]]
         hint = f"did you mean {guess[0]}? " if guess else ""
+        if name in everywhere:
+            hint = f"another kind of {'.'.join(keys[:-1])} has it; "
         return f"{name}: no such key; {hint}allowed here: {', '.join(allowed)}"
     if problem["type"] == "missing":
         return f"{name}: must be given"
@@ -69,24 +71,37 @@ def _explain(kind: type[Section], problem: Any) -> str:
     return f"{name}: {message[0].lower()}{message[1:]}; given {json.dumps(problem['input'], default=str)}"
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
-    """The record inside an annotation such as `TextSource | None`."""
-    candidates = (annotation, *get_args(annotation))
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+def _sections_of(annotation: Any) -> dict[str, type[Section]]:
+    """The records inside an annotation such as `TextSource | None`, by the tag that tells those of a union apart."""
+    found: dict[str, type[Section]] = {}
+    for part in (annotation, *get_args(annotation)):
+        tag = next((note.tag for note in getattr(part, "__metadata__", ()) if isinstance(note, Tag)), "")
+        kind = get_args(part)[0] if tag else part
+        if isinstance(kind, type) and issubclass(kind, Section):
+            found[tag] = kind
+    return found
 
 
-def _keys_at(kind: type[Section], loc: tuple[int | str, ...]) -> list[str]:
-    for part in loc:
-        field = kind.model_fields.get(str(part))
-        kind = (_section_of(field.annotation) if field else None) or kind
-    return list(kind.model_fields)
+def _resolve(kind: type[Section], loc: Sequence[int | str]) -> tuple[list[str], type[Section]]:
+    """The keys that lead to a place in a config, without the tags of unions, and the record that holds the last one."""
+    keys: list[str] = []
+    holder, inside = kind, {"": kind}
+    for part in map(str, loc):
+        if part in inside:
+            inside = {"": inside[part]}  # the tag says which
+            continue
+        keys.append(part)
+        holder = next(iter(inside.values()), holder)
+        field = holder.model_fields.get(part)
+        inside = _sections_of(field.annotation) if field else {}
+    return keys, holder
 
 
 def flatten_schema(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a config as (dotted path, field), parts before what they hold."""
+    """Every key of a config as (dotted path, field), parts before what they hold; of a union, those of each."""
     for name, field in kind.model_fields.items():
         yield prefix + name, field
-        if section := _section_of(field.annotation):
+        for section in _sections_of(field.annotation).values():
             yield from flatten_schema(section, f"{prefix}{name}.")
 
 

@@ -27,7 +27,7 @@ from contextlib import suppress
 from math import prod
 from os import environ
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -39,7 +39,9 @@ from fmscale.engine.optim import AdamWEMA, ema_name, parameter_groups
 from fmscale.engine.saver import Retention, Saver
 from fmscale.engine.zero import Engine, deepspeed_config, init_process_group
 from fmscale.export import write_transformer
-from fmscale.models.names import POSITIONS, to_diffusers
+from fmscale.models import blueprint
+from fmscale.models.mmdit import MMDiT
+from fmscale.models.mmdit_names import DIFFUSERS_POSITIONS, to_diffusers
 from fmscale.runs import build_model, checkpoints_dir, open_run, start_run_dir, use_run
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -210,7 +212,7 @@ def export_deepspeed(args: argparse.Namespace) -> None:
         with torch.device("meta"):
             model = build_model(config)
         model.load_state_dict(state, assign=True)
-        weights = to_diffusers(model.to(torch.bfloat16).state_dict(), config.model.model_dump(exclude={"family"}))
+        weights = to_diffusers(model.to(torch.bfloat16).state_dict(), cast(MMDiT, model))
         save_file({name: value.contiguous() for name, value in weights.items()}, args.folder / "deepspeed" / WEIGHTS)
 
     (args.folder / "deepspeed" / WEIGHTS).unlink(missing_ok=True)
@@ -231,9 +233,9 @@ def compare(args: argparse.Namespace) -> None:
         for name in raw.keys():  # noqa: SIM118  # it is no dictionary
             assert torch.equal(raw.get_tensor(name), theirs.get_tensor(name)), name
             count += 1
-        averages = to_diffusers(run.state("ema"), run.config.model.model_dump(exclude={"family"}))
+        averages = to_diffusers(run.state("ema"), blueprint("mmdit", run.config.model.model_dump()))
         for name, value in averages.items():
-            assert torch.equal(ema.get_tensor(name), value if name == POSITIONS else value.bfloat16()), name
+            assert torch.equal(ema.get_tensor(name), value if name == DIFFUSERS_POSITIONS else value.bfloat16()), name
             count += 1
     print(count)
 

@@ -1,13 +1,36 @@
 """The networks: noisy latents, time and text in, velocity out; one device, no knowledge of training."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from fmscale.models import mmdit
-from fmscale.models.layers import row_for
+import torch
+from torch import nn
+
+from fmscale.models import flux, flux_names, mmdit, mmdit_names
+from fmscale.models.flux import Flux
+from fmscale.models.initial import row_for
 from fmscale.models.mmdit import MMDiT
+from fmscale.models.published import Form
 
-MODELS = {"mmdit": MMDiT}
-PARTS = {"mmdit": mmdit.PARTS}
+MODELS = {"mmdit": MMDiT, "flux": Flux}
+PARTS = {"mmdit": mmdit.PARTS, "flux": flux.PARTS}
+NAMES = {"mmdit": mmdit_names, "flux": flux_names}
+FORMS: dict[str, dict[str, Form]] = {
+    family: {"diffusers": names.diffusers_form, "original": names.original_form} for family, names in NAMES.items()
+}
+
+
+def build(family: str, values: Mapping[str, Any]) -> nn.Module:
+    """A network of a family, from the `model` section of a config, of which it takes what it knows."""
+    network = MODELS[family]
+    return network(**{name: values[name] for name in inspect.signature(network).parameters if name in values})
+
+
+def blueprint(family: str, values: Mapping[str, Any]) -> Any:
+    """As `build`, without memory for weights."""
+    with torch.device("meta"):
+        return build(family, values)
 
 
 def parts_of(family: str, names: Iterable[str]) -> dict[str, str]:

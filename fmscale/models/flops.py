@@ -46,7 +46,27 @@ def mmdit_flops(model: Mapping[str, Any], height: int, width: int, text_tokens: 
         _joint_block(inner, image_tokens, text_tokens, layer in model["dual_attention_layers"], layer == last_layer)
         for layer in range(model["layers"])
     ]
-    rest = 2 * inner**2 + 2 * inner**2 + image_tokens * inner * patch_values  # conditioning, last norm, projection
+    rows = sum(9 if layer in model["dual_attention_layers"] else 6 for layer in range(model["layers"]))
+    rows += 6 * last_layer + 2 + 2  # of modulation: the text's, the last text's, the last norm's
+    rest = (2 + rows) * inner**2 + image_tokens * inner * patch_values  # conditioning, modulation, projection
+    forward = first + sum(blocks) + rest
+    again = sum(blocks[::recompute_every]) if recompute_every else 0
+    return Flops(2 * forward, 2 * (3 * forward - first), 2 * again)
+
+
+def flux_flops(model: Mapping[str, Any], height: int, width: int, text_tokens: int, recompute_every: int = 0) -> Flops:
+    """The cost of a `Flux` for one image; arguments as for `mmdit_flops`."""
+    inner, patch_values = model["heads"] * model["head_dim"], model["latent_channels"] * model["patch_size"] ** 2
+    image_tokens = (height // model["patch_size"]) * (width // model["patch_size"])
+    tokens = image_tokens + text_tokens
+    told = 2 if model["guidance_embed"] else 1
+    first = image_tokens * patch_values * inner + text_tokens * model["context_dim"] * inner
+    first += (told * TIMESTEP_FEATURES + model["pooled_dim"]) * inner
+    joint = _joint_block(inner, image_tokens, text_tokens, dual=False, last=False)
+    single = tokens * (7 + 5) * inner**2 + _attention(inner, tokens)
+    blocks = [joint] * model["layers"] + [single] * model["single_layers"]
+    rows = 12 * model["layers"] + 3 * model["single_layers"] + 2
+    rest = (told + 1 + rows) * inner**2 + image_tokens * inner * patch_values
     forward = first + sum(blocks) + rest
     again = sum(blocks[::recompute_every]) if recompute_every else 0
     return Flops(2 * forward, 2 * (3 * forward - first), 2 * again)
@@ -56,8 +76,8 @@ def _joint_block(width: int, image: int, text: int, dual: bool, last: bool) -> i
     """Multiplications of one block, for streams of `image` and `text` tokens."""
     square = width**2
     qkv, out, mlp = 3, 1, 8  # weights of each, in squares of the width
-    image_stream = (9 if dual else 6) * square + image * (qkv + out + mlp) * square
-    text_stream = 2 * square + text * qkv * square if last else 6 * square + text * (qkv + out + mlp) * square
+    image_stream = image * (qkv + out + mlp) * square
+    text_stream = text * (qkv if last else qkv + out + mlp) * square
     joint = _attention(width, image + text)
     alone = image * (qkv + out) * square + _attention(width, image) if dual else 0
     return image_stream + text_stream + joint + alone
@@ -68,7 +88,7 @@ def _attention(width: int, tokens: int) -> int:
     return 2 * tokens**2 * width
 
 
-FLOPS = {"mmdit": mmdit_flops}
+FLOPS = {"mmdit": mmdit_flops, "flux": flux_flops}
 
 # A device's whole name, as CUDA gives it, without the maker -> most TFLOP/s of dense matrix products in bf16 (with sums
 # in fp32) and in fp32 outside the tensor cores. From NVIDIA's data sheets, whose figures for sparse matrices are

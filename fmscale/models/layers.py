@@ -6,20 +6,18 @@ Dimensions: B images, C latent channels, H x W latent pixels, N tokens of a stre
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fmscale.errors import UserError
+
 NORM_EPS = 1e-6
 TIMESTEP_FEATURES = 256
 LONGEST_PERIOD = 10_000  # of the sinusoids, for time and position alike
-
-Row = TypeVar("Row")
-Initialiser = Callable[[Tensor, "torch.Generator | None"], object]
 
 
 class Linear(nn.Linear):
@@ -58,6 +56,13 @@ class Heads(NamedTuple):
     value: Tensor
 
 
+class Rotation(NamedTuple):
+    """By how much each token's channel pairs are turned: cosines and sines, each (N, 1, head_dim / 2), float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
 class QKV(nn.Module):
     """Tokens to queries, keys and values by one matrix product.
 
@@ -94,17 +99,149 @@ class SelfAttention(nn.Module):
         return self.out(attend(*self.qkv(tokens)))
 
 
-class AdaptiveNorm(nn.Module):
-    """A layer norm whose scale and shift the conditioning decides."""
+class Modulation(NamedTuple):
+    """How the conditioning steers one residual branch: shift and scale going in, gate coming out; each (B, 1, D)."""
 
-    def __init__(self, width: int):
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+    def enter(self, normed: Tensor) -> Tensor:
+        """What the branch sees of the normalised tokens."""
+        return modulate(normed, self.shift, self.scale)
+
+    def leave(self, tokens: Tensor, branch: Tensor) -> Tensor:
+        """The tokens plus what the branch adds: tokens + gate · branch, in one pass."""
+        return torch.addcmul(tokens, self.gate, branch)
+
+
+class Opened(NamedTuple):
+    """A stream halfway through its block: its share of the joint attention, and what the second half needs."""
+
+    heads: Heads
+    normed: Tensor
+    modulations: list[Modulation]
+
+
+class Stream(nn.Module):
+    """One modality's half of a joint block: what happens to its tokens before and after the attention that both share.
+
+    Args:
+        width: of a token.
+        heads: attention heads.
+        qk_norm: normalise queries and keys.
+        dual: also attend within the stream alone, beside the joint attention.
+
+    Attributes:
+        rows: of modulation that it takes: shift, scale and gate for the attention, for the MLP, for the dual attention.
+    """
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool, dual: bool = False):
         super().__init__()
-        self.modulation = Linear(width, 2 * width)
+        self.rows = 9 if dual else 6
+        self.qkv = QKV(width, heads, qk_norm=qk_norm)
+        self.out = Linear(width, width)
+        self.dual = SelfAttention(width, heads, qk_norm=qk_norm) if dual else None
+        self.mlp = MLP(width, 4 * width, width, nn.GELU(approximate="tanh"))
 
-    def forward(self, tokens: Tensor, conditioning: Tensor) -> Tensor:
-        """Normalise tokens (B, N, D) under conditioning (B, D), already activated."""
-        scale, shift = self.modulation(conditioning).unsqueeze(1).chunk(2, dim=-1)  # in diffusers' order
-        return modulate(normalise(tokens), shift, scale)
+    def before(self, tokens: Tensor, modulation: Tensor) -> Opened:
+        """Bring tokens (B, N, D) under modulation (B, rows, D) to the joint attention."""
+        normed = normalise(tokens)
+        modulations = modulations_of(modulation)
+        return Opened(self.qkv(modulations[0].enter(normed)), normed, modulations)
+
+    def after(self, tokens: Tensor, attended: Tensor, opened: Opened) -> Tensor:
+        """Add to tokens (B, N, D) what the joint attention read for them, the dual attention and the MLP."""
+        attention, mlp, *dual = opened.modulations
+        tokens = attention.leave(tokens, self.out(attended))
+        if self.dual is not None:
+            tokens = dual[0].leave(tokens, self.dual(dual[0].enter(opened.normed)))
+        return mlp.leave(tokens, self.mlp(mlp.enter(normalise(tokens))))
+
+
+class ReadStream(nn.Module):
+    """A stream that others read for the last time: it enters the attention, and its own tokens stay as they are.
+
+    Arguments as in `Stream`.
+
+    Attributes:
+        rows: of modulation that it takes: scale and shift, in the order of published weights.
+    """
+
+    rows = 2
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool):
+        super().__init__()
+        self.qkv = QKV(width, heads, qk_norm=qk_norm)  # its queries serve nobody, but published weights have them
+
+    def before(self, tokens: Tensor, modulation: Tensor) -> Opened:
+        """As `Stream.before`."""
+        normed = scaled_and_shifted(tokens, modulation)
+        return Opened(self.qkv(normed), normed, [])
+
+    def after(self, tokens: Tensor, attended: Tensor, opened: Opened) -> Tensor:
+        """The tokens, unchanged."""
+        return tokens
+
+
+class JointBlock(nn.Module):
+    """Image and text, each with weights of its own, in one attention over all tokens.
+
+    Args:
+        width: of a token.
+        heads: attention heads.
+        qk_norm: normalise queries and keys.
+        dual: the image also attends to itself alone.
+        last: the text is read and not updated, since only the image matters afterwards.
+
+    Attributes:
+        rows: of modulation that it takes, the image's first.
+    """
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool, dual: bool = False, last: bool = False):
+        super().__init__()
+        self.image = Stream(width, heads, qk_norm=qk_norm, dual=dual)
+        self.text = (ReadStream if last else Stream)(width, heads, qk_norm=qk_norm)
+        self.rows = self.image.rows + self.text.rows
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        modulation: Tensor,
+        bias: Tensor | None = None,
+        rotation: Rotation | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Update both streams.
+
+        Args:
+            image: shape (B, N, D).
+            text: shape (B, L, D).
+            modulation: shape (B, rows, D).
+            bias: of the attention's logits, shape (1, 1, 1, N + L), or None.
+            rotation: of the image's queries and keys, or None; the text stays at the origin, where nothing turns.
+
+        Returns:
+            image and text, shapes as given.
+        """
+        for_image, for_text = modulation.split((self.image.rows, self.text.rows), dim=1)
+        opened_image, opened_text = self.image.before(image, for_image), self.text.before(text, for_text)
+        heads = opened_image.heads if rotation is None else rotate(opened_image.heads, rotation)
+        query, key, value = (torch.cat(pair, dim=1) for pair in zip(heads, opened_text.heads, strict=True))
+        attended = attend(query, key, value, bias).split((image.shape[1], text.shape[1]), dim=1)
+        return self.image.after(image, attended[0], opened_image), self.text.after(text, attended[1], opened_text)
+
+
+def modulations_of(rows: Tensor) -> list[Modulation]:
+    """Modulation (B, 3 x branches, D) of each branch."""
+    chunks = rows.split(1, dim=1)
+    return [Modulation(*chunks[i : i + 3]) for i in range(0, len(chunks), 3)]
+
+
+def scaled_and_shifted(tokens: Tensor, rows: Tensor) -> Tensor:
+    """Tokens (B, N, D), normalised, under a scale and a shift (B, 2, D)."""
+    scale, shift = rows.split(1, dim=1)
+    return modulate(normalise(tokens), shift, scale)
 
 
 def normalise(tokens: Tensor) -> Tensor:
@@ -152,6 +289,55 @@ def repetition_bias(repeats: Tensor, image_tokens: int, dtype: torch.dtype) -> T
     return (logs + (largest.to(dtype) - largest)).to(dtype)[None, None, None]
 
 
+def rotate(heads: Heads, rotation: Rotation) -> Heads:
+    """Turn each pair of neighbouring channels of queries and keys by its token's angle, in float32.
+
+    Source: Su et al. 2021, arXiv:2104.09864, eq. 34.
+    """
+    return Heads(_turn(heads.query, rotation), _turn(heads.key, rotation), heads.value)
+
+
+def _turn(tokens: Tensor, rotation: Rotation) -> Tensor:
+    even, odd = tokens.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = (even * rotation.cos - odd * rotation.sin, odd * rotation.cos + even * rotation.sin)
+    return torch.stack(turned, dim=-1).flatten(-2).to(tokens.dtype)
+
+
+def rotary_angles(
+    rows: int, columns: int, still: int, dims: Sequence[int], device: torch.device | str = "cpu"
+) -> Rotation:
+    """The rotation of image tokens by row and column, and of others that stay.
+
+    Args:
+        rows, columns: patches of the image, row by row.
+        still: tokens behind the image that are at the origin.
+        dims: channels of a head that turn with each axis, even numbers: one that is always 0, row, column.
+        device: where to compute.
+
+    Returns:
+        Cosines and sines of rows·columns + still tokens, computed in float64.
+    """
+    positions = torch.zeros(rows * columns + still, 3, dtype=torch.float64, device=device)
+    grid = positions[: rows * columns].view(rows, columns, 3)
+    grid[..., 1] = torch.arange(rows, device=device)[:, None]
+    grid[..., 2] = torch.arange(columns, device=device)
+    phases = torch.cat([angles(axis, size // 2) for axis, size in zip(positions.unbind(1), dims, strict=True)], dim=-1)
+    return Rotation(phases.cos().float()[:, None], phases.sin().float()[:, None])
+
+
+def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches in latents of height x width pixels.
+
+    Raises:
+        UserError: they do not divide.
+    """
+    if height % patch_size or width % patch_size:
+        raise UserError(
+            f"model.patch_size {patch_size} does not divide latents of {height} x {width}: choose other bucket sizes"
+        )
+    return height // patch_size, width // patch_size
+
+
 def patchify(latents: Tensor, patch_size: int) -> Tensor:
     """Cut (B, C, H, W) into patches, row by row: (B, N, C·patch_size²), channel first within a patch."""
     batch, channels, height, width = latents.shape
@@ -160,11 +346,14 @@ def patchify(latents: Tensor, patch_size: int) -> Tensor:
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_size**2)
 
 
-def unpatchify(patches: Tensor, height: int, width: int, patch_size: int) -> Tensor:
-    """Lay patches (B, N, patch_size²·C), channel last within a patch, out as (B, C, height, width)."""
+def unpatchify(patches: Tensor, height: int, width: int, patch_size: int, *, channel_first: bool = False) -> Tensor:
+    """Lay patches (B, N, patch_size²·C) out as (B, C, height, width); within a patch the channel is last, or first."""
     grid = patches.unflatten(1, (height // patch_size, width // patch_size))
-    grid = grid.unflatten(-1, (patch_size, patch_size, -1))
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, height, width)
+    if channel_first:
+        grid = grid.unflatten(-1, (-1, patch_size, patch_size)).permute(0, 3, 1, 4, 2, 5)
+    else:
+        grid = grid.unflatten(-1, (patch_size, patch_size, -1)).permute(0, 5, 1, 3, 2, 4)
+    return grid.reshape(patches.shape[0], -1, height, width)
 
 
 def angles(positions: Tensor, count: int) -> Tensor:
@@ -235,44 +424,3 @@ def _position_tables(
     steps = torch.cat([torch.arange(n, dtype=torch.float64, device=device) + start for n, start in starts])
     phases = angles((steps - (max_size - base_size) / 2) * (16 / base_size), channels // 4)
     return torch.cat([phases.sin(), phases.cos()], dim=-1).float().split((rows, columns))
-
-
-def zeros(tensor: Tensor, generator: torch.Generator | None) -> None:
-    """Set to 0."""
-    nn.init.zeros_(tensor)
-
-
-def ones(tensor: Tensor, generator: torch.Generator | None) -> None:
-    """Set to 1."""
-    nn.init.ones_(tensor)
-
-
-def normal(tensor: Tensor, generator: torch.Generator | None) -> None:
-    """Draw from N(0, 0.02²)."""
-    nn.init.normal_(tensor, std=0.02, generator=generator)
-
-
-def xavier(tensor: Tensor, generator: torch.Generator | None) -> None:
-    """Draw uniformly with variance 2 / (rows + columns)."""
-    nn.init.xavier_uniform_(tensor, generator=generator)
-
-
-def initialise(model: nn.Module, table: Mapping[str, Initialiser], generator: torch.Generator | None = None) -> None:
-    """Write every parameter of a model, in the order of their creation.
-
-    Args:
-        model: any network; on the meta device nothing happens.
-        table: regular expression for a whole parameter name -> how to fill it; exactly one row fits each name.
-        generator: source of the random draws, on the parameters' device; None is torch's own.
-    """
-    for name, parameter in model.named_parameters():
-        fill = row_for(name, table)
-        if not parameter.is_meta:  # to draw nothing there imports much of torch.compile
-            fill(parameter, generator)
-
-
-def row_for(name: str, table: Mapping[str, Row]) -> Row:
-    """The value of the one row of a table whose regular expression fits a whole parameter name."""
-    rows = [value for pattern, value in table.items() if re.fullmatch(pattern, name)]
-    assert len(rows) == 1, f"{name} fits {len(rows)} rows of the table, not one"
-    return rows[0]

@@ -19,7 +19,7 @@ from fmscale.distributed import World, world_from_environment
 from fmscale.engine.optim import AdamWEMA, ema_decay, ema_name, parameter_groups
 from fmscale.engine.statistics import Look
 from fmscale.engine.zero import WEIGHT, Engine, deepspeed_config, init_process_group
-from fmscale.models.layers import row_for
+from fmscale.models.initial import row_for
 from fmscale.models.mmdit import PARTS, MMDiT
 
 STEPS = 10

@@ -13,7 +13,13 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
 from fmscale.models.mmdit import MMDiT
-from fmscale.models.names import POSITIONS, diffusers_config, diffusers_layout, position_parts, to_diffusers
+from fmscale.models.mmdit_names import (
+    DIFFUSERS_POSITIONS,
+    diffusers_config,
+    diffusers_layout,
+    position_parts,
+    to_diffusers,
+)
 from fmscale.stream import stream_weights
 
 KWARGS: dict[str, Any] = {
@@ -32,12 +38,13 @@ KWARGS: dict[str, Any] = {
 @pytest.mark.parametrize("max_file_bytes", [10**9, 20_000, 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_stock_diffusers_loads_what_was_streamed(tmp_path: Path, dtype: torch.dtype, max_file_bytes: int) -> None:
-    state = {name: torch.randn(like.shape) for name, like in MMDiT(**KWARGS).state_dict().items()}
+    network = MMDiT(**KWARGS)
+    state = {name: torch.randn(like.shape) for name, like in network.state_dict().items()}
 
     def parts(name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """The last stretch first."""
-        if name == POSITIONS:
-            yield from position_parts(KWARGS)
+        if name == DIFFUSERS_POSITIONS:
+            yield from position_parts(network)
             return
         flat = state[name].flatten()
         yield 7, flat[7:]
@@ -45,13 +52,13 @@ def test_stock_diffusers_loads_what_was_streamed(tmp_path: Path, dtype: torch.dt
 
     model = SD3Transformer2DModel(**diffusers_config(KWARGS, sample_size=8))
     model.save_config(tmp_path)
-    stream_weights(tmp_path, diffusers_layout(KWARGS), parts, dtype, {POSITIONS}, max_file_bytes)
+    stream_weights(tmp_path, diffusers_layout(network), parts, dtype, {DIFFUSERS_POSITIONS}, max_file_bytes)
     written = sorted(tmp_path.glob("*.safetensors"))
     assert {10**9: len(written) == 1, 1: len(written) == len(state) + 1}.get(
         max_file_bytes, 1 < len(written) < len(state)
     )
-    theirs = to_diffusers(state, KWARGS)
-    wanted = {name: value if name == POSITIONS else value.to(dtype) for name, value in theirs.items()}
+    theirs = to_diffusers(state, network)
+    wanted = {name: value if name == DIFFUSERS_POSITIONS else value.to(dtype) for name, value in theirs.items()}
     stored = {name: value for file in written for name, value in load_file(file).items()}
     assert stored.keys() == wanted.keys()
     for name, value in wanted.items():

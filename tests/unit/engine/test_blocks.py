@@ -90,7 +90,7 @@ def test_parts_that_are_named_forget_and_the_gradient_is_the_same_to_the_bit() -
 
 
 def test_a_part_that_no_block_has_is_refused(tmp_path: Path, make_config: Make) -> None:
-    with pytest.raises(UserError, match=r"engine\.recompute: the blocks have no 'mpl', only mlp, norm, qkv$"):
+    with pytest.raises(UserError, match=r"engine\.recompute: the blocks have no 'mpl', only mlp, qkv$"):
         check_setup(make_config(tmp_path / "run", "engine.recompute=[mlp, mpl]"), 1)
 
 

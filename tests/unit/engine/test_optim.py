@@ -155,14 +155,13 @@ def test_which_parameters_of_an_mmdit_decay() -> None:
     model = MMDiT(layers=2, pos_embed_max_size=8, base_size=4, qk_norm=True, dual_attention_layers=(0,), **sizes)
     names = {id(param): name for name, param in model.named_parameters()}
     decaying, others = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.1))
-    stream = ("modulation", "qkv.linear", "out", "mlp.up", "mlp.down")
+    stream = ("qkv.linear", "out", "mlp.up", "mlp.down")
     layers = {
         *("patch_embed", "context_embed", "timestep_mlp.up", "timestep_mlp.down", "pooled_mlp.up", "pooled_mlp.down"),
         *(f"blocks.0.image.{layer}" for layer in (*stream, "dual.qkv.linear", "dual.out")),
         *(f"blocks.0.text.{layer}" for layer in stream),
         *(f"blocks.1.image.{layer}" for layer in stream),
-        *("blocks.1.text.norm.modulation", "blocks.1.text.qkv.linear"),  # the last text is read and not updated
-        *("norm_out.modulation", "proj_out"),
+        *("blocks.1.text.qkv.linear", "modulation", "proj_out"),  # the last text is read and not updated
     }
     norms = {
         *(

@@ -9,22 +9,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fmscale.engine.blocks import recompute
-from fmscale.models.flops import Flops, mmdit_flops, peak_flops
-from fmscale.models.mmdit import MMDiT
+from fmscale.models import MODELS
+from fmscale.models.flops import FLOPS, Flops, mmdit_flops, peak_flops
 
-SMALL = {
-    "layers": 3,
-    "heads": 2,
-    "head_dim": 16,
-    "latent_channels": 4,
-    "patch_size": 2,
-    "context_dim": 48,
-    "pooled_dim": 32,
-    "pos_embed_max_size": 192,
-    "base_size": 16,
-    "qk_norm": False,
+SIZES = {"layers": 3, "heads": 2, "head_dim": 16, "latent_channels": 4, "patch_size": 2, "context_dim": 48}
+SMALL = {**SIZES, "pooled_dim": 32, "pos_embed_max_size": 192, "base_size": 16, "qk_norm": False} | {
     "dual_attention_layers": (),
 }
+FLUX = {**SIZES, "pooled_dim": 32, "single_layers": 4, "rope_dims": (4, 6, 6), "guidance_embed": False}
 SD3_MEDIUM = {**SMALL, "layers": 24, "heads": 24, "head_dim": 64, "latent_channels": 16} | {
     "context_dim": 4096,
     "pooled_dim": 2048,
@@ -40,14 +32,18 @@ CASES = [  # model, latent height and width, text tokens, recompute_every
     ({**WIDE, "qk_norm": True, "dual_attention_layers": (0, 1), "pos_embed_max_size": 384}, (128, 128), 333, 0),
     ({**WIDE, "heads": 38, "qk_norm": True}, (64, 64), 154, 1),
     ({**WIDE, "layers": 7}, (32, 32), 78, 3),
+    (FLUX, (8, 8), 7, 0),
+    ({**FLUX, "guidance_embed": True}, (16, 8), 1, 1),
+    ({**FLUX, "layers": 1, "single_layers": 5}, (8, 24), 3, 2),
+    ({**FLUX, "heads": 24, "head_dim": 128, "rope_dims": (16, 56, 56), "context_dim": 4096}, (64, 64), 512, 3),
 ]
 
 
-def counted(model: dict[str, Any], size: tuple[int, int], text_tokens: int, every: int) -> Flops:
+def counted(family: str, model: dict[str, Any], size: tuple[int, int], text_tokens: int, every: int) -> Flops:
     """The same by running it, for a batch of two."""
     batch = 2
     with torch.device("meta"):
-        network = MMDiT(**model)
+        network = MODELS[family](**model)
         given = (
             torch.empty(batch, model["latent_channels"], *size),
             torch.empty(batch),
@@ -71,7 +67,8 @@ def counted(model: dict[str, Any], size: tuple[int, int], text_tokens: int, ever
 def test_the_closed_form_is_the_count(
     model: dict[str, Any], size: tuple[int, int], text_tokens: int, every: int
 ) -> None:
-    assert mmdit_flops(model, *size, text_tokens, every) == counted(model, size, text_tokens, every)
+    family = "flux" if "single_layers" in model else "mmdit"
+    assert FLOPS[family](model, *size, text_tokens, every) == counted(family, model, size, text_tokens, every)
 
 
 @pytest.mark.parametrize(("side", "teraflops"), [(32, 2.525), (64, 6.318), (128, 26.708)])

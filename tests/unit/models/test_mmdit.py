@@ -11,15 +11,8 @@ from torch import nn
 
 from fmscale.errors import UserError
 from fmscale.models import MODELS
-from fmscale.models.layers import (
-    initialise,
-    patchify,
-    position_features,
-    repetition_bias,
-    timestep_features,
-    unpatchify,
-    zeros,
-)
+from fmscale.models.initial import initialise, zeros
+from fmscale.models.layers import patchify, position_features, repetition_bias, timestep_features, unpatchify
 from fmscale.models.mmdit import MMDiT
 
 SMALL = {

@@ -1,41 +1,36 @@
-"""Weights under diffusers' names and back."""
+"""Weights under the names of others and back."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from fmscale.errors import UserError
+from fmscale.models import FORMS, build, flux_names, mmdit_names
 from fmscale.models.mmdit import MMDiT
-from fmscale.models.names import (
-    POSITIONS,
-    diffusers_config,
-    from_diffusers,
-    model_kwargs_from_diffusers,
-    to_diffusers,
-)
+from fmscale.models.mmdit_names import DIFFUSERS_POSITIONS, from_diffusers, to_diffusers
+from fmscale.models.published import adopt, publish
 
-KWARGS = {
-    "layers": 2,
-    "heads": 2,
-    "head_dim": 8,
-    "latent_channels": 4,
-    "context_dim": 12,
-    "pooled_dim": 10,
-    "pos_embed_max_size": 6,
-    "qk_norm": True,
-    "dual_attention_layers": (0,),
-}
+SIZES = {"heads": 2, "head_dim": 8, "latent_channels": 4, "context_dim": 12, "pooled_dim": 10}
+KWARGS = {**SIZES, "layers": 2, "pos_embed_max_size": 6, "qk_norm": True, "dual_attention_layers": (0,)}
+FLUX = {**SIZES, "layers": 2, "single_layers": 2, "rope_dims": (2, 2, 4), "guidance_embed": True}
+VALUES = {"mmdit": KWARGS, "flux": FLUX}
+MODEL = MMDiT(**KWARGS)
 
 
-def random_state(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    return {name: torch.randn(like.shape).to(dtype) for name, like in MMDiT(**KWARGS).state_dict().items()}
+def random_state(model: torch.nn.Module = MODEL, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(like.shape).to(dtype) for name, like in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_round_trip_is_exact(dtype: torch.dtype) -> None:
-    state = random_state(dtype)
-    back = from_diffusers(to_diffusers(state, KWARGS), KWARGS)
+@pytest.mark.parametrize(("family", "form"), [(family, form) for family in FORMS for form in FORMS[family]])
+def test_round_trip_is_exact(family: str, form: str, dtype: torch.dtype) -> None:
+    model = build(family, VALUES[family])
+    state = random_state(model, dtype)
+    back = adopt(publish(state, model, FORMS[family][form]), model, FORMS[family][form])
     assert list(back) == list(state)
     for name, tensor in state.items():
         assert back[name].dtype == dtype
@@ -43,17 +38,30 @@ def test_round_trip_is_exact(dtype: torch.dtype) -> None:
 
 
 def test_a_half_precision_grid_is_recognised() -> None:
-    theirs = to_diffusers(random_state(), KWARGS)
-    theirs[POSITIONS] = theirs[POSITIONS].bfloat16()
-    assert from_diffusers(theirs, KWARGS).keys() == random_state().keys()
+    theirs = to_diffusers(random_state(), MODEL)
+    theirs[DIFFUSERS_POSITIONS] = theirs[DIFFUSERS_POSITIONS].bfloat16()
+    assert from_diffusers(theirs, MODEL).keys() == random_state().keys()
 
 
 def test_rows_of_a_fused_weight_are_query_key_value() -> None:
     state = random_state()
-    theirs = to_diffusers(state, KWARGS)
+    theirs = to_diffusers(state, MODEL)
     parts = [theirs[f"transformer_blocks.1.attn.add_{part}_proj.weight"] for part in "qkv"]
     assert torch.equal(torch.cat(parts), state["blocks.1.text.qkv.linear.weight"])
     assert theirs["pos_embed.proj.weight"].shape == (16, 4, 2, 2)
+
+
+def test_last_shifts_and_scales_change_places_in_original_files() -> None:
+    state, width = random_state(), MODEL.width
+    theirs = publish(state, MODEL, mmdit_names.original_form)
+    scale, shift = state["modulation.bias"][-2 * width :].chunk(2)
+    assert torch.equal(theirs["final_layer.adaLN_modulation.1.bias"], torch.cat([shift, scale]))
+    scale, shift = state["modulation.bias"][-4 * width : -2 * width].chunk(2)
+    assert torch.equal(theirs["joint_blocks.1.context_block.adaLN_modulation.1.bias"], torch.cat([shift, scale]))
+    assert torch.equal(theirs["joint_blocks.0.x_block.adaLN_modulation.1.bias"], state["modulation.bias"][: 9 * width])
+
+
+Change = Callable[[dict[str, torch.Tensor]], Any]
 
 
 @pytest.mark.parametrize(
@@ -64,30 +72,37 @@ def test_rows_of_a_fused_weight_are_query_key_value() -> None:
         (lambda state: state.update({"proj_out.bias": torch.ones(3)}), r"of another shape: proj_out\.bias"),
     ],
 )
-def test_weights_that_do_not_fit_are_named(change, message: str) -> None:
+def test_weights_that_do_not_fit_are_named(change: Change, message: str) -> None:
     ours = random_state()
-    theirs = to_diffusers(ours, KWARGS)
+    theirs = to_diffusers(ours, MODEL)
     for state, convert in ((ours, to_diffusers), (theirs, from_diffusers)):
         change(state)
         with pytest.raises(UserError, match=message):
-            convert(state, KWARGS)
+            convert(state, MODEL)
 
 
 def test_foreign_positions_are_refused() -> None:
-    theirs = to_diffusers(random_state(), KWARGS | {"base_size": 4})
+    theirs = to_diffusers(random_state(), MMDiT(**KWARGS, base_size=4))
     with pytest.raises(UserError, match=r"not the grid of model\.base_size 16"):
-        from_diffusers(theirs, KWARGS)
+        from_diffusers(theirs, MODEL)
 
 
 def test_config_round_trip() -> None:
-    config = diffusers_config(KWARGS, sample_size=32)
+    config = mmdit_names.diffusers_config(KWARGS, sample_size=32)
     assert config["sample_size"] == 32
     assert config["caption_projection_dim"] == 16
     assert config["qk_norm"] == "rms_norm"
-    assert model_kwargs_from_diffusers(config, base_size=4) == KWARGS | {"base_size": 4, "patch_size": 2}
+    found = mmdit_names.model_kwargs_from_diffusers(config, base_size=4)
+    assert found == KWARGS | {"base_size": 4, "patch_size": 2}
+    config = flux_names.diffusers_config(FLUX)
+    assert config["in_channels"] == 16
+    assert flux_names.model_kwargs_from_diffusers(config) == FLUX | {"patch_size": 2}
 
 
-def test_a_config_that_no_mmdit_has_is_refused() -> None:
-    config = diffusers_config(KWARGS, sample_size=32) | {"qk_norm": "layer_norm", "out_channels": 8}
+def test_a_config_that_no_network_has_is_refused() -> None:
+    config = mmdit_names.diffusers_config(KWARGS, sample_size=32) | {"qk_norm": "layer_norm", "out_channels": 8}
     with pytest.raises(UserError, match="out_channels 8 instead of 4, qk_norm layer_norm instead of rms_norm"):
-        model_kwargs_from_diffusers(config)
+        mmdit_names.model_kwargs_from_diffusers(config)
+    config = flux_names.diffusers_config(FLUX) | {"out_channels": 8}
+    with pytest.raises(UserError, match=r"out_channels 8 instead of None: fmscale has no such Flux"):
+        flux_names.model_kwargs_from_diffusers(config)

@@ -1,0 +1,208 @@
+"""MMDiT as others name it: diffusers' SD3Transformer2DModel, and the single files of Stability AI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fmscale.errors import UserError
+from fmscale.models.layers import JointBlock, position_features, position_rows
+from fmscale.models.mmdit import MMDiT
+from fmscale.models.published import Place, adopt, arguments_of, check_config, check_state, publish, shapes
+
+DIFFUSERS_POSITIONS, ORIGINAL_POSITIONS = "pos_embed.pos_embed", "pos_embed"
+HALF_PRECISION = 1e-2  # what bfloat16 may have made of a sine
+
+# Our module -> theirs.
+DIFFUSERS = {
+    "timestep_mlp.up": "time_text_embed.timestep_embedder.linear_1",
+    "timestep_mlp.down": "time_text_embed.timestep_embedder.linear_2",
+    "pooled_mlp.up": "time_text_embed.text_embedder.linear_1",
+    "pooled_mlp.down": "time_text_embed.text_embedder.linear_2",
+    "context_embed": "context_embedder",
+    "proj_out": "proj_out",
+}
+DIFFUSERS_BLOCK = {
+    "image.qkv.linear": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "image.qkv.norm_q": ("attn.norm_q",),
+    "image.qkv.norm_k": ("attn.norm_k",),
+    "image.out": ("attn.to_out.0",),
+    "image.dual.qkv.linear": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "image.dual.qkv.norm_q": ("attn2.norm_q",),
+    "image.dual.qkv.norm_k": ("attn2.norm_k",),
+    "image.dual.out": ("attn2.to_out.0",),
+    "image.mlp.up": ("ff.net.0.proj",),
+    "image.mlp.down": ("ff.net.2",),
+    "text.qkv.linear": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "text.qkv.norm_q": ("attn.norm_added_q",),
+    "text.qkv.norm_k": ("attn.norm_added_k",),
+    "text.out": ("attn.to_add_out",),
+    "text.mlp.up": ("ff_context.net.0.proj",),
+    "text.mlp.down": ("ff_context.net.2",),
+}
+ORIGINAL = {
+    "timestep_mlp.up": "t_embedder.mlp.0",
+    "timestep_mlp.down": "t_embedder.mlp.2",
+    "pooled_mlp.up": "y_embedder.mlp.0",
+    "pooled_mlp.down": "y_embedder.mlp.2",
+    "context_embed": "context_embedder",
+    "proj_out": "final_layer.linear",
+}
+ORIGINAL_STREAM = {
+    "qkv.linear": "attn.qkv",
+    "qkv.norm_q": "attn.ln_q",
+    "qkv.norm_k": "attn.ln_k",
+    "out": "attn.proj",
+    "dual.qkv.linear": "attn2.qkv",
+    "dual.qkv.norm_q": "attn2.ln_q",
+    "dual.qkv.norm_k": "attn2.ln_k",
+    "dual.out": "attn2.proj",
+    "mlp.up": "mlp.fc1",
+    "mlp.down": "mlp.fc2",
+}
+
+# Their constructor argument -> ours, where the value is the same.
+CONFIG_KEYS = {
+    "patch_size": "patch_size",
+    "in_channels": "latent_channels",
+    "num_layers": "layers",
+    "attention_head_dim": "head_dim",
+    "num_attention_heads": "heads",
+    "joint_attention_dim": "context_dim",
+    "pooled_projection_dim": "pooled_dim",
+    "pos_embed_max_size": "pos_embed_max_size",
+}
+
+
+def diffusers_form(model: MMDiT) -> dict[str, list[Place]]:
+    """As SD3Transformer2DModel names them; a `published.Form`."""
+    table = {ours: [Place(theirs)] for ours, theirs in DIFFUSERS.items()}
+    table["patch_embed"] = [Place("pos_embed.proj", patch=model.patch_size)]
+    modulation = []
+    for number, block in enumerate(cast(Iterable[JointBlock], model.blocks)):
+        name = f"transformer_blocks.{number}"
+        for ours, theirs in DIFFUSERS_BLOCK.items():
+            table[f"blocks.{number}.{ours}"] = [Place(f"{name}.{each}") for each in theirs]
+        modulation.append(Place(f"{name}.norm1.linear", block.image.rows))
+        modulation.append(Place(f"{name}.norm1_context.linear", block.text.rows))
+    return table | {"modulation": [*modulation, Place("norm_out.linear", 2)]}
+
+
+def original_form(model: MMDiT) -> dict[str, list[Place]]:
+    """As the single files of Stability AI name them, whose last shifts are before the scales; a `published.Form`."""
+    table = {ours: [Place(theirs)] for ours, theirs in ORIGINAL.items()}
+    table["patch_embed"] = [Place("x_embedder.proj", patch=model.patch_size)]
+    modulation = []
+    for number, block in enumerate(cast(Iterable[JointBlock], model.blocks)):
+        for stream, theirs in (("image", "x_block"), ("text", "context_block")):
+            name = f"joint_blocks.{number}.{theirs}"
+            for ours, each in ORIGINAL_STREAM.items():
+                table[f"blocks.{number}.{stream}.{ours}"] = [Place(f"{name}.{each}")]
+            rows = getattr(block, stream).rows
+            modulation.append(Place(f"{name}.adaLN_modulation.1", rows, swapped=rows == 2))
+    return table | {"modulation": [*modulation, Place("final_layer.adaLN_modulation.1", 2, swapped=True)]}
+
+
+def diffusers_layout(model: MMDiT) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Where an MMDiT's weights are in SD3Transformer2DModel.
+
+    Args:
+        model: its weights are not looked at.
+
+    Returns:
+        For each of our parameters diffusers' names and shapes, one below the other; and for the position grid, which we
+        do not store, `DIFFUSERS_POSITIONS`.
+    """
+    positions = {DIFFUSERS_POSITIONS: tuple(position_grid(model, "meta").shape)}
+    return {DIFFUSERS_POSITIONS: positions} | shapes(model, diffusers_form)
+
+
+def to_diffusers(state: Mapping[str, Tensor], model: MMDiT) -> dict[str, Tensor]:
+    """An MMDiT's weights as SD3Transformer2DModel names them; as `published.publish`.
+
+    The position grid that the model was trained with is among them, in float32: diffusers would build another one.
+    """
+    return {DIFFUSERS_POSITIONS: position_grid(model)} | publish(state, model, diffusers_form)
+
+
+def from_diffusers(state: Mapping[str, Tensor], model: MMDiT) -> dict[str, Tensor]:
+    """The inverse of `to_diffusers`; as `published.adopt`.
+
+    Raises:
+        UserError: also, the weights were trained with other positions.
+    """
+    shaped = {name: shape for theirs in diffusers_layout(model).values() for name, shape in theirs.items()}
+    check_state(state, shaped)
+    check_positions(state[DIFFUSERS_POSITIONS], model)
+    rest = {name: value for name, value in state.items() if name != DIFFUSERS_POSITIONS}
+    return adopt(rest, model, diffusers_form)
+
+
+def position_parts(model: MMDiT) -> Iterator[tuple[int, Tensor]]:
+    """The position grid that an MMDiT was trained with: stretches of it, float32, and where each begins."""
+    size, width = model.pos_embed_max_size, model.width
+    for number, row in enumerate(position_rows(channels=width, max_size=size, base_size=model.base_size)):
+        yield number * size * width, row.flatten()
+
+
+def check_positions(given: Tensor, model: MMDiT) -> None:
+    """Refuse weights that were trained with other positions.
+
+    Args:
+        given: their grid, of any dtype.
+        model: of ours.
+
+    Raises:
+        UserError: it is not the grid of the model's base_size.
+    """
+    if not torch.allclose(given.float(), position_grid(model), rtol=0, atol=HALF_PRECISION):
+        raise UserError(
+            f"{DIFFUSERS_POSITIONS} is not the grid of model.base_size {model.base_size}: these weights learned other "
+            "positions, so set the base_size that they were trained with, or train from random weights"
+        )
+
+
+def position_grid(model: MMDiT, device: str = "cpu") -> Tensor:
+    """The position grid that diffusers stores, float32, shape (1, max_size², D)."""
+    size = model.pos_embed_max_size
+    grid = position_features(size, size, channels=model.width, max_size=size, base_size=model.base_size, device=device)
+    return grid.unsqueeze(0)
+
+
+def diffusers_config(model_kwargs: Mapping[str, Any], sample_size: int) -> dict[str, Any]:
+    """The arguments of SD3Transformer2DModel, as its config.json holds them.
+
+    Args:
+        model_kwargs: arguments of `MMDiT`.
+        sample_size: latent pixels on a side that a pipeline draws when it is not told a size.
+    """
+    arguments = arguments_of(MMDiT, {name: value for name, value in model_kwargs.items() if name != "family"})
+    return {theirs: arguments[ours] for theirs, ours in CONFIG_KEYS.items()} | {
+        "sample_size": sample_size,
+        "out_channels": arguments["latent_channels"],
+        "caption_projection_dim": arguments["heads"] * arguments["head_dim"],
+        "dual_attention_layers": list(arguments["dual_attention_layers"]),
+        "qk_norm": "rms_norm" if arguments["qk_norm"] else None,
+    }
+
+
+def model_kwargs_from_diffusers(config: Mapping[str, Any], base_size: int = 16) -> dict[str, Any]:
+    """The arguments of `MMDiT` for an SD3Transformer2DModel.
+
+    Args:
+        config: what its config.json holds.
+        base_size: patches on a side at the base resolution, which diffusers does not store.
+
+    Raises:
+        UserError: a value that no MMDiT has.
+    """
+    kwargs = {ours: config[theirs] for theirs, ours in CONFIG_KEYS.items()} | {
+        "base_size": base_size,
+        "qk_norm": config["qk_norm"] is not None,
+        "dual_attention_layers": tuple(config["dual_attention_layers"]),
+    }
+    check_config(config, diffusers_config(kwargs, config["sample_size"]), "MMDiT")
+    return kwargs

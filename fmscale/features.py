@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmscale.config import EncodeConfig, TextSource
 from fmscale.data.prepare import Preparation, Prepared, as_floats
 from fmscale.data.tensors import SCALE, narrow, widen
 from fmscale.distributed import world_from_environment
+from fmscale.encode_config import EncodeConfig, TextSource
 from fmscale.encoders.text import ROLES, TextEncoders, load_text_encoders
 from fmscale.encoders.vae import FLIPPED, LATENTS, LOG_VARIANCE, Vae, load_vae
 from fmscale.encoders.weights import model_folder

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,13 +13,19 @@ from torch import nn
 from fmscale.config import TrainConfig
 from fmscale.data.order import split
 from fmscale.dataset import Dataset, go_on, open_dataset, read_shards
+from fmscale.distributed import World, everywhere
 from fmscale.engine import checkpoint as checkpoints
 from fmscale.engine.blocks import prepare
-from fmscale.engine.optim import AdamWEMA, ema_names, parameter_groups
-from fmscale.engine.zero import Engine, deepspeed_config
+from fmscale.engine.optim import EMA_PREFIX, AdamWEMA, ema_names, parameter_groups
+from fmscale.engine.zero import WEIGHT, Engine, deepspeed_config
 from fmscale.errors import UserError
 from fmscale.gallery import check_gallery
+from fmscale.init_from import open_source
+from fmscale.log import get_logger
+from fmscale.models import initialise_parameter
 from fmscale.runs import DATASET, build_model, check_run_dir, checkpoints_dir
+
+log = get_logger(__name__)
 
 
 class Allowed(NamedTuple):
@@ -51,6 +59,8 @@ def check_setup(config: TrainConfig, world_size: int, allowed: Allowed = STRICT)
     check_run_dir(config, allowed.config_change)
     if (found := checkpoints.latest(checkpoints_dir(config.run_dir))) is not None:
         dataset = check_checkpoint(config, dataset, found, shapes, allowed)
+    elif config.model.init_from is not None:
+        open_source(config.model.init_from, config.model.model_dump())
     return dataset
 
 
@@ -88,10 +98,38 @@ def shards_seen(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     return {**known, dataset.mixture.fingerprint: dataset.mixture.shards()}
 
 
+def start_from(place: Path, config: TrainConfig, engine: Engine, world: World) -> None:
+    """Begin with published weights, which the averages begin with too; each rank reads what it owns, and no more.
+
+    Raises:
+        UserError: they are gone, or do not fit.
+        SharedError: a rank could not read its part.
+    """
+    source = open_source(place, config.model.model_dump())
+
+    def fill() -> None:
+        for piece in engine.pieces():
+            weight = piece.tensors[WEIGHT]
+            weight.copy_(source.read(piece.name, piece.start, len(weight)))
+            for kind, average in piece.tensors.items():
+                if kind.startswith(EMA_PREFIX):
+                    average.copy_(weight)
+
+    everywhere(fill, world.device)
+    engine.refresh()
+    added = f"; {len(source.added)} norms of queries and keys are new, and 1" if source.added else ""
+    log.info("weights  from %s%s", place, added)
+
+
 def build_engine(config: TrainConfig, device: torch.device, micro_batch: int) -> Engine:
-    """The freshly initialised model under ZeRO."""
+    """The freshly initialised model under ZeRO; under stage 3 no rank ever holds all of it."""
     torch.manual_seed(config.seed)
-    model = build_network(config).to(device)
+    whole = config.engine.zero_stage < 3
+    if whole:
+        model = build_network(config).to(device)  # drawn on the CPU, whose random numbers are everywhere the same
+    else:
+        with torch.device("meta"):
+            model = build_network(config)
     options = config.optimizer
     optimizer = AdamWEMA(
         parameter_groups(model, options.weight_decay),
@@ -102,7 +140,8 @@ def build_engine(config: TrainConfig, device: torch.device, micro_batch: int) ->
         ema_sigma_rels=config.ema.sigma_rels,
         ema_warmup=config.ema.warmup,
     )
-    return Engine(model, optimizer, engine_settings(config, micro_batch), options.clip_norm)
+    fill = None if whole else functools.partial(initialise_parameter, config.model.family)
+    return Engine(model, optimizer, engine_settings(config, micro_batch), options.clip_norm, fill)
 
 
 def build_network(config: TrainConfig) -> nn.Module:

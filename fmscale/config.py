@@ -84,6 +84,9 @@ class NetworkConfig(Section):
     pooled_dim: Positive = 2048
     base_size: Positive = 16
     """Patches on a side of a square image at the base resolution: what is drawn unless one says otherwise."""
+    init_from: Path | None = None
+    """Published weights that a new run starts from: a folder of diffusers (a pipeline's or a transformer's), or its
+    name on the Hugging Face hub, or a single .safetensors file."""
 
 
 class MMDiTConfig(NetworkConfig):
@@ -91,8 +94,12 @@ class MMDiTConfig(NetworkConfig):
     """Stable Diffusion 3 and 3.5, whose positions count from the base resolution."""
     pos_embed_max_size: Positive = 192
     """Patches on a side that the position grid covers."""
+    position_origin: float | None = None
+    """The patch of the grid with position 0, and"""
+    position_step: Annotated[float, Field(gt=0)] | None = None
+    """the distance of neighbours, for `init_from` weights that learned other positions; null is what base_size says."""
     qk_norm: bool = False
-    """RMSNorm on queries and keys, as SD3.5 has it."""
+    """RMSNorm on queries and keys, as SD3.5 has it; `init_from` weights without it get one."""
     dual_attention_layers: tuple[int, ...] = ()
     """Layers with a second attention over the image alone, as SD3.5-medium has it."""
 

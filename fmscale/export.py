@@ -152,6 +152,7 @@ def write_transformer(run: Run, folder: Path, weights: Weights, dtype: torch.dty
 
 def _note(run: Run, weights: Weights) -> dict[str, Any]:
     """What sampling with fmscale needs and diffusers' files have no place for."""
+    model = blueprint(run.config.model.family, run.config.model.model_dump())
     return {
         "fmscale": __version__,
         "step": run.checkpoint.step,
@@ -161,6 +162,8 @@ def _note(run: Run, weights: Weights) -> dict[str, Any]:
         "t5_length": run.made_by["t5_length"],
         "encoders": sorted(run.made_by["text"]),
         "base_size": run.config.model.base_size,
+        "position_origin": model.position_origin,
+        "position_step": model.position_step,
         "dataset_fingerprint": run.description["dataset"]["generations"][-1]["fingerprint"],
     }
 

@@ -231,6 +231,7 @@ def _open_export(folder: Path) -> Generator:
     note = _read_json(folder / EXPORT_NOTE)
     config = _read_json(folder / "transformer" / "config.json")
     kwargs = model_kwargs_from_diffusers(config, note["base_size"])
+    kwargs |= {name: note.get(name) for name in ("position_origin", "position_step")}
     model = blueprint("mmdit", kwargs)
     state = {name: value.float() for name, value in _read_weights(folder / "transformer").items()}
     model.load_state_dict(from_diffusers(state, model), assign=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fmscale import slurm
 from fmscale.batch import Batch, prefetch
-from fmscale.building import STRICT, Allowed, build_engine, check_checkpoint, check_setup, shards_seen
+from fmscale.building import STRICT, Allowed, build_engine, check_checkpoint, check_setup, shards_seen, start_from
 from fmscale.config import TrainConfig
 from fmscale.control import Delayed, Requests, Wish, forget_files, outlive_signals, release_readers
 from fmscale.data.loader import build_loader
@@ -138,7 +138,7 @@ def run(config: TrainConfig, dataset: Dataset, world: World, portions: Split, be
 def resume(
     config: TrainConfig, dataset: Dataset, engine: Engine, guard: LossGuard, world: World, allowed: Allowed
 ) -> tuple[int, Dataset]:
-    """Restore the newest sound checkpoint, if there is one.
+    """Restore the newest sound checkpoint, if there is one; else begin with the weights that `model.init_from` names.
 
     Returns:
         The step to go on with, which is how many are done; and the dataset, with what was stored when.
@@ -148,6 +148,8 @@ def resume(
     """
     found = checkpoints.choose(checkpoints_dir(config.run_dir), world)
     if found is None:
+        if config.model.init_from is not None:
+            start_from(config.model.init_from, config, engine, world)
         return 0, dataset
     dataset = check_checkpoint(config, dataset, found, engine.shapes, allowed)
     load(engine, found, world)

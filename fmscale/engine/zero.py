@@ -21,6 +21,7 @@ from fmscale.engine.tail import Tail
 from fmscale.errors import UserError
 
 WEIGHT = "weight"
+Fill = Callable[[str, Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -154,17 +155,46 @@ def _import_muon() -> None:
         compiler.compile = marks
 
 
+class _Filling(nn.Module):
+    """Gives the parameters of a model on the meta device one by one, and fills each when it is asked for.
+
+    DeepSpeed goes through them, and keeps this rank's part of one before it takes the next.
+    """
+
+    def __init__(self, model: nn.Module, fill: Fill, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._named = list(model.named_parameters())
+        self._fill, self._dtype = fill, dtype
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """As of any module; the optimizer, which has the same parameters, sees them filled too."""
+        for name, parameter in self._named:
+            values = torch.empty(parameter.shape)
+            self._fill(name, values)
+            torch.utils.swap_tensors(parameter, nn.Parameter(values.to(self._dtype)))
+            yield parameter
+
+
 class Engine:
     """A model under ZeRO.
 
     Args:
-        model: on any device, with fp32 weights.
+        model: on any device, with fp32 weights; or, under stage 3, on the meta device.
         optimizer: over the model's parameters; under ZeRO it sees flat fp32 partitions.
         config: from `deepspeed_config`.
         clip_norm: largest global gradient norm, 0 for none.
+        fill: writes a parameter's first values, fp32, given its name: for a model on the meta device, of which no rank
+            ever holds more than its part and one parameter.
     """
 
-    def __init__(self, model: nn.Module, optimizer: AdamWEMA, config: dict[str, Any], clip_norm: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: AdamWEMA,
+        config: dict[str, Any],
+        clip_norm: float,
+        fill: Fill | None = None,
+    ) -> None:
         import deepspeed
 
         self.optimizer = optimizer
@@ -176,6 +206,9 @@ class Engine:
             name: tuple(p.shape) for name, p in zip(self.names, self.params, strict=True)
         }  # ZeRO-3 hides them
         _import_muon()
+        if fill is not None:
+            dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+            deepspeed.zero.Init(module=_Filling(model, fill, dtype), config_dict_or_path=config)
         self.engine, self.zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         for flat in self._flat_partitions():
             optimizer.init_state(flat)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fmscale.models import flux, flux_names, mmdit, mmdit_names
 from fmscale.models.flux import Flux
@@ -14,6 +14,7 @@ from fmscale.models.mmdit import MMDiT
 from fmscale.models.published import Form
 
 MODELS = {"mmdit": MMDiT, "flux": Flux}
+INITIALISERS = {"mmdit": mmdit.INITIALISERS, "flux": flux.INITIALISERS}
 PARTS = {"mmdit": mmdit.PARTS, "flux": flux.PARTS}
 NAMES = {"mmdit": mmdit_names, "flux": flux_names}
 FORMS: dict[str, dict[str, Form]] = {
@@ -31,6 +32,11 @@ def blueprint(family: str, values: Mapping[str, Any]) -> Any:
     """As `build`, without memory for weights."""
     with torch.device("meta"):
         return build(family, values)
+
+
+def initialise_parameter(family: str, name: str, parameter: Tensor) -> None:
+    """Fill one parameter of a network as its constructor does, with torch's own random numbers."""
+    row_for(name, INITIALISERS[family])(parameter, None)
 
 
 def parts_of(family: str, names: Iterable[str]) -> dict[str, str]:

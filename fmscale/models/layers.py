@@ -376,20 +376,27 @@ def timestep_features(t: Tensor) -> Tensor:
 
 
 def position_features(
-    rows: int, columns: int, *, channels: int, max_size: int, base_size: int, device: torch.device | str = "cpu"
+    rows: int,
+    columns: int,
+    *,
+    channels: int,
+    max_size: int,
+    origin: float,
+    step: float,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Sinusoidal features of every patch: the centre of a max_size x max_size grid.
 
-    Position p has the value (p − (max_size − base_size) / 2) · 16 / base_size: the base resolution spans [0, 16)
-    whatever its size, and larger or wider images extend it evenly to both sides. Every forward computes them anew, from
-    one small table of sines: nothing to store, to cast by accident, or to restore after a build on the meta device.
+    Patch p of an axis has the position (p − origin) · step. Every forward computes the features anew, from one small
+    table of sines: nothing to store, to cast by accident, or to restore after a build on the meta device.
 
     Args:
         rows: patches from top to bottom, at most max_size.
         columns: patches from left to right, at most max_size.
         channels: width of a token, a multiple of 4: the first half encodes the column, the second the row.
         max_size: patches on a side of the whole grid.
-        base_size: patches on a side at the base resolution (s in the paper).
+        origin: the patch of the whole grid that has position 0.
+        step: between neighbouring patches.
         device: where to compute.
 
     Returns:
@@ -397,30 +404,30 @@ def position_features(
 
     Source: Esser et al. 2024, arXiv:2403.03206, sec. 5.3.2, "Positional Encodings for Varying Aspect Ratios".
     """
-    by_row, by_column = _position_tables(rows, columns, channels, max_size, base_size, device)
+    by_row, by_column = _position_tables(rows, columns, channels, max_size, origin, step, device)
     grid = [by_column.expand(rows, -1, -1), by_row[:, None].expand(-1, columns, -1)]
     return torch.cat(grid, dim=-1).flatten(0, 1)
 
 
-def position_rows(*, channels: int, max_size: int, base_size: int) -> Iterator[Tensor]:
+def position_rows(*, channels: int, max_size: int, origin: float, step: float) -> Iterator[Tensor]:
     """The features of a whole max_size x max_size grid, which may be large, a row of patches at a time.
 
     Args:
-        channels, max_size, base_size: as for `position_features`.
+        channels, max_size, origin, step: as for `position_features`.
 
     Returns:
         max_size tensors, each of shape (max_size, channels), float32.
     """
-    by_row, by_column = _position_tables(max_size, max_size, channels, max_size, base_size, "cpu")
+    by_row, by_column = _position_tables(max_size, max_size, channels, max_size, origin, step, "cpu")
     for features in by_row:
         yield torch.cat([by_column, features.expand(max_size, -1)], dim=-1)
 
 
 def _position_tables(
-    rows: int, columns: int, channels: int, max_size: int, base_size: int, device: torch.device | str
+    rows: int, columns: int, channels: int, max_size: int, origin: float, step: float, device: torch.device | str
 ) -> tuple[Tensor, ...]:
     """Features of each row, shape (rows, channels / 2), and of each column."""
     starts = ((rows, (max_size - rows) // 2), (columns, (max_size - columns) // 2))
-    steps = torch.cat([torch.arange(n, dtype=torch.float64, device=device) + start for n, start in starts])
-    phases = angles((steps - (max_size - base_size) / 2) * (16 / base_size), channels // 4)
+    patches = torch.cat([torch.arange(n, dtype=torch.float64, device=device) + start for n, start in starts])
+    phases = angles((patches - origin) * step, channels // 4)
     return torch.cat([phases.sin(), phases.cos()], dim=-1).float().split((rows, columns))

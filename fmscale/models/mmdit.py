@@ -28,6 +28,8 @@ from fmscale.models.layers import (
     unpatchify,
 )
 
+BASE_SPAN = 16  # of the positions of an image at the base resolution
+
 # Parameter name -> how to fill it. AdaLN-zero (Peebles and Xie 2022, arXiv:2212.09748): gates start at 0, so that every
 # block starts as the identity, and so does the output, so that the first velocity is 0.
 INITIALISERS: dict[str, Initialiser] = {
@@ -61,7 +63,10 @@ class MMDiT(nn.Module):
         context_dim: width of the text tokens that come in.
         pooled_dim: P.
         pos_embed_max_size: patches on a side that the position grid covers: no image may be larger.
-        base_size: patches on a side at the base resolution, where positions span [0, 16).
+        base_size: patches on a side at the base resolution, where positions span [0, 16): larger or wider images extend
+            them evenly to both sides.
+        position_origin, position_step: of `position_features`, where weights learned other positions than base_size
+            says; None for those.
         qk_norm: normalise queries and keys (Stable Diffusion 3.5).
         dual_attention_layers: blocks, from 0, whose image stream also attends to itself (Stable Diffusion 3.5 medium).
 
@@ -81,12 +86,16 @@ class MMDiT(nn.Module):
         pooled_dim: int = 2048,
         pos_embed_max_size: int = 192,
         base_size: int = 16,
+        position_origin: float | None = None,
+        position_step: float | None = None,
         qk_norm: bool = False,
         dual_attention_layers: tuple[int, ...] = (),
     ):
         super().__init__()
         self.width = heads * head_dim
-        self.patch_size, self.pos_embed_max_size, self.base_size = patch_size, pos_embed_max_size, base_size
+        self.patch_size, self.pos_embed_max_size = patch_size, pos_embed_max_size
+        self.position_origin = (pos_embed_max_size - base_size) / 2 if position_origin is None else position_origin
+        self.position_step = BASE_SPAN / base_size if position_step is None else position_step
         _check_shape(self.width, layers, dual_attention_layers)
         patch_values = latent_channels * patch_size**2
         self.patch_embed = Linear(patch_values, self.width)
@@ -145,7 +154,8 @@ class MMDiT(nn.Module):
             columns,
             channels=self.width,
             max_size=self.pos_embed_max_size,
-            base_size=self.base_size,
+            origin=self.position_origin,
+            step=self.position_step,
             device=latents.device,
         )
         return (self.patch_embed(patchify(latents, self.patch_size)) + positions).to(latents.dtype)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fmscale.errors import UserError
-from fmscale.models.layers import JointBlock, position_features, position_rows
+from fmscale.models.layers import JointBlock, angles, position_features, position_rows
 from fmscale.models.mmdit import MMDiT
 from fmscale.models.published import Place, adopt, arguments_of, check_config, check_state, publish, shapes
 
 DIFFUSERS_POSITIONS, ORIGINAL_POSITIONS = "pos_embed.pos_embed", "pos_embed"
 HALF_PRECISION = 1e-2  # what bfloat16 may have made of a sine
+FINEST = 1024  # positions are guessed to such parts of a patch
 
 # Our module -> theirs.
 DIFFUSERS = {
@@ -144,7 +146,8 @@ def from_diffusers(state: Mapping[str, Tensor], model: MMDiT) -> dict[str, Tenso
 def position_parts(model: MMDiT) -> Iterator[tuple[int, Tensor]]:
     """The position grid that an MMDiT was trained with: stretches of it, float32, and where each begins."""
     size, width = model.pos_embed_max_size, model.width
-    for number, row in enumerate(position_rows(channels=width, max_size=size, base_size=model.base_size)):
+    origin, step = model.position_origin, model.position_step
+    for number, row in enumerate(position_rows(channels=width, max_size=size, origin=origin, step=step)):
         yield number * size * width, row.flatten()
 
 
@@ -156,19 +159,70 @@ def check_positions(given: Tensor, model: MMDiT) -> None:
         model: of ours.
 
     Raises:
-        UserError: it is not the grid of the model's base_size.
+        UserError: it is another grid than the model's; says what to set.
     """
-    if not torch.allclose(given.float(), position_grid(model), rtol=0, atol=HALF_PRECISION):
-        raise UserError(
-            f"{DIFFUSERS_POSITIONS} is not the grid of model.base_size {model.base_size}: these weights learned other "
-            "positions, so set the base_size that they were trained with, or train from random weights"
-        )
+    grid = given.unflatten(1, (model.pos_embed_max_size, -1))[0]
+    check_axes(grid[0], grid[:, 0], model)
+
+
+def check_axes(row: Tensor, column: Tensor, model: MMDiT) -> None:
+    """As `check_positions`, of the first row and the first column of the grid, which say all of it.
+
+    Args:
+        row, column: shape (pos_embed_max_size, D), any dtype.
+        model: of ours.
+
+    Raises:
+        UserError: as `check_positions`.
+    """
+    half = model.width // 2
+    by_column, by_row = row[:, :half].double(), column[:, half:].double()
+    patches = torch.arange(model.pos_embed_max_size, dtype=torch.float64)
+    phases = angles((patches - model.position_origin) * model.position_step, half // 2)
+    ours = torch.cat([phases.sin(), phases.cos()], dim=-1)
+    if all(torch.allclose(theirs, ours, rtol=0, atol=HALF_PRECISION) for theirs in (by_column, by_row)):
+        return
+    origin, step = positions_of(by_column)
+    phases = angles((patches - origin) * step, half // 2)
+    learned = torch.cat([phases.sin(), phases.cos()], dim=-1)
+    if all(torch.allclose(theirs, learned, rtol=0, atol=HALF_PRECISION) for theirs in (by_column, by_row)):
+        said = f"set model.position_origin to {origin:g} and model.position_step to {step:.9g}"
+    else:
+        said = "and they are not evenly spaced sines, which alone an MMDiT here computes"
+    raise UserError(f"these weights learned other positions than those of model.base_size: {said}")
+
+
+def positions_of(features: Tensor) -> tuple[float, float]:
+    """What `position_features` made the features of an axis from.
+
+    The slowest sine says roughly where each patch is, and each faster one says it more exactly, up to a whole turn that
+    is known by then.
+
+    Args:
+        features: shape (P, 2·K), float64: K sines and K cosines, the fastest first.
+
+    Returns:
+        Origin and step, the best fit, to the nearest 1/1024 and the nearest fraction with a denominator up to 1024.
+    """
+    sines, cosines = features.chunk(2, dim=-1)
+    phases, count = torch.atan2(sines, cosines), sines.shape[-1]
+    frequencies = angles(torch.ones(1, dtype=torch.float64), count)[0]
+    found = phases[:, -1] / frequencies[-1]
+    for k in reversed(range(count)):
+        turned = phases[:, k] - found * frequencies[k]
+        found = found + torch.atan2(turned.sin(), turned.cos()) / frequencies[k]
+    patches = torch.arange(len(found), dtype=torch.float64)
+    away = patches - patches.mean()
+    step = float((away * found).sum() / (away**2).sum())
+    step = float(Fraction(step).limit_denominator(FINEST)) or step
+    origin = float(patches.mean()) - float(found.mean()) / step
+    return round(origin * FINEST) / FINEST, step
 
 
 def position_grid(model: MMDiT, device: str = "cpu") -> Tensor:
     """The position grid that diffusers stores, float32, shape (1, max_size², D)."""
-    size = model.pos_embed_max_size
-    grid = position_features(size, size, channels=model.width, max_size=size, base_size=model.base_size, device=device)
+    size, origin, step = model.pos_embed_max_size, model.position_origin, model.position_step
+    grid = position_features(size, size, channels=model.width, max_size=size, origin=origin, step=step, device=device)
     return grid.unsqueeze(0)
 
 
@@ -179,7 +233,7 @@ def diffusers_config(model_kwargs: Mapping[str, Any], sample_size: int) -> dict[
         model_kwargs: arguments of `MMDiT`.
         sample_size: latent pixels on a side that a pipeline draws when it is not told a size.
     """
-    arguments = arguments_of(MMDiT, {name: value for name, value in model_kwargs.items() if name != "family"})
+    arguments = arguments_of(MMDiT, model_kwargs)
     return {theirs: arguments[ours] for theirs, ours in CONFIG_KEYS.items()} | {
         "sample_size": sample_size,
         "out_channels": arguments["latent_channels"],

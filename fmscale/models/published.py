@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,14 @@ def _swap(rows: Tensor, part: Part) -> Tensor:
     return rows.roll(part.shape[0] // 2, dims=0) if part.swapped else rows
 
 
-def check_state(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+class Shaped(Protocol):
+    """A tensor, or what stands for one that was not read."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+def check_state(state: Mapping[str, Shaped], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse weights that are not those that are expected, by name and shape.
 
     Raises:
@@ -143,8 +150,9 @@ def some(names: set[str]) -> str:
 
 
 def arguments_of(network: type[nn.Module], given: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a network, those that are not given by their defaults."""
-    bound = inspect.signature(network).bind(**given)
+    """All arguments of a network, of values that may be more, those that are not given by their defaults."""
+    signature = inspect.signature(network)
+    bound = signature.bind(**{name: given[name] for name in signature.parameters if name in given})
     bound.apply_defaults()
     return bound.arguments
 

@@ -14,6 +14,7 @@ from fmscale.models import MODELS
 from fmscale.models.initial import initialise, zeros
 from fmscale.models.layers import patchify, position_features, repetition_bias, timestep_features, unpatchify
 from fmscale.models.mmdit import MMDiT
+from fmscale.models.mmdit_names import position_grid
 
 SMALL = {
     "layers": 2,
@@ -39,8 +40,9 @@ def test_table_builds_the_model() -> None:
 
 @pytest.mark.parametrize(("max_size", "base_size"), [(8, 4), (9, 4), (7, 5)])
 def test_positions_follow_the_paper(max_size: int, base_size: int) -> None:
-    channels, frequency = 8, 10_000**-0.5
-    grid = position_features(max_size, max_size, channels=channels, max_size=max_size, base_size=base_size)
+    frequency = 10_000**-0.5
+    model = MMDiT(layers=1, heads=1, head_dim=8, pos_embed_max_size=max_size, base_size=base_size)
+    grid = position_grid(model)[0]
     for row, column in product(range(max_size), repeat=2):
         x, y = ((p - (max_size - base_size) / 2) * 16 / base_size for p in (column, row))
         waves = [(wave(p), wave(p * frequency)) for p in (x, y) for wave in (math.sin, math.cos)]
@@ -50,7 +52,7 @@ def test_positions_follow_the_paper(max_size: int, base_size: int) -> None:
 
 @pytest.mark.parametrize("max_size", [7, 8])
 def test_every_image_gets_the_centre_of_the_grid(max_size: int) -> None:
-    kwargs = {"channels": 8, "max_size": max_size, "base_size": 4}
+    kwargs = {"channels": 8, "max_size": max_size, "origin": 1.5, "step": 0.7}
     whole = position_features(max_size, max_size, **kwargs).unflatten(0, (max_size, max_size))
     for rows, columns in product(range(1, max_size + 1), repeat=2):
         top, left = (max_size - rows) // 2, (max_size - columns) // 2
@@ -59,9 +61,12 @@ def test_every_image_gets_the_centre_of_the_grid(max_size: int) -> None:
 
 
 def test_base_resolution_spans_sixteen_units_whatever_its_size() -> None:
-    coarse = position_features(4, 4, channels=16, max_size=12, base_size=4)
-    fine = position_features(8, 8, channels=16, max_size=24, base_size=8).unflatten(0, (8, 8))[::2, ::2]
-    torch.testing.assert_close(coarse, fine.flatten(0, 1), rtol=0, atol=1e-7)
+    coarse, fine = (
+        MMDiT(layers=1, heads=1, head_dim=16, pos_embed_max_size=size, base_size=base)
+        for size, base in ((12, 4), (24, 8))
+    )
+    every_other = position_grid(fine)[0].unflatten(0, (24, 24))[::2, ::2]
+    torch.testing.assert_close(position_grid(coarse)[0], every_other.flatten(0, 1), rtol=0, atol=1e-6)
 
 
 def test_timesteps_keep_their_precision() -> None:

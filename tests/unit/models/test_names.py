@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 
 from fmscale.errors import UserError
 from fmscale.models import FORMS, build, flux_names, mmdit_names
@@ -81,9 +83,36 @@ def test_weights_that_do_not_fit_are_named(change: Change, message: str) -> None
             convert(state, MODEL)
 
 
-def test_foreign_positions_are_refused() -> None:
-    theirs = to_diffusers(random_state(), MMDiT(**KWARGS, base_size=4))
-    with pytest.raises(UserError, match=r"not the grid of model\.base_size 16"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("origin", "step"), [(0.0, 1 / 3), (1.0, 4.0), (2.5, 0.25)])
+def test_foreign_positions_are_refused_and_recognised(origin: float, step: float, dtype: torch.dtype) -> None:
+    learned = MMDiT(**KWARGS, position_origin=origin, position_step=step)
+    theirs = to_diffusers(random_state(), learned)
+    theirs[DIFFUSERS_POSITIONS] = theirs[DIFFUSERS_POSITIONS].to(dtype)
+    with pytest.raises(
+        UserError, match=r"other positions than those of model\.base_size: set model\.position_origin"
+    ) as said:
+        from_diffusers(theirs, MODEL)
+    found = re.search(r"position_origin to (\S+) and model\.position_step to (\S+)", str(said.value))
+    assert found is not None
+    assert [float(value) for value in found.groups()] == pytest.approx(
+        [origin, step], rel=1e-8 if dtype == torch.float32 else 2e-3
+    )
+    from_diffusers(theirs, MMDiT(**KWARGS, position_origin=float(found[1]), position_step=float(found[2])))
+
+
+def test_positions_of_diffusers_own_making_are_recognised() -> None:
+    """Which counts from the first patch of the grid, in parts of its base size."""
+    config = mmdit_names.diffusers_config(KWARGS, sample_size=4)
+    state = dict(SD3Transformer2DModel(**config).state_dict())
+    with pytest.raises(UserError, match=r"set model\.position_origin to 0 and model\.position_step to 0\.333333333"):
+        from_diffusers(state, MODEL)
+
+
+def test_learned_positions_are_refused() -> None:
+    theirs = to_diffusers(random_state(), MODEL)
+    theirs[DIFFUSERS_POSITIONS] = torch.randn_like(theirs[DIFFUSERS_POSITIONS])
+    with pytest.raises(UserError, match="not evenly spaced sines"):
         from_diffusers(theirs, MODEL)
 
 

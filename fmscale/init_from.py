@@ -1,0 +1,214 @@
+"""Published weights to start from: diffusers' folders and single files, read a little at a time.
+
+1. `open_source`   finds the tensors, and refuses those of another network
+2. `Source.read`   values of one of our parameters, wherever they are in the files
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fmscale.data.tar import DamageError
+from fmscale.data.tensors import DTYPES, head_bytes, parse_head
+from fmscale.encoders.weights import model_folder, read_config, weight_files
+from fmscale.engine.fragments import raw
+from fmscale.errors import UserError
+from fmscale.models import FORMS, NAMES, blueprint
+from fmscale.models.mmdit_names import DIFFUSERS_POSITIONS, ORIGINAL_POSITIONS, check_axes
+from fmscale.models.published import Part, check_state, layout
+
+PREFIXES = ("", "model.diffusion_model.")  # of single files, the second where text encoders or a VAE are in them too
+CLASSES = {"mmdit": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
+QK_NORMS = (".norm_q.weight", ".norm_k.weight")
+NOT_THEIRS = {"base_size", "position_origin", "position_step", "init_from", "family"}  # is not in a config.json
+
+
+class Stored(NamedTuple):
+    """A tensor in a file.
+
+    Attributes:
+        file: where it is.
+        dtype: of the values.
+        shape: of the tensor.
+        offset: of its first byte in the file.
+    """
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def values(self, low: int, high: int) -> Tensor:
+        """Values low … high of the flattened tensor, float32.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        size = self.dtype.itemsize
+        values = torch.empty(high - low, dtype=self.dtype)
+        left, at = raw(values), self.offset + size * low
+        try:
+            with self.file.open("rb", buffering=0) as file:
+                while left:
+                    if not (count := os.preadv(file.fileno(), [left], at)):
+                        raise UserError(f"{self.file}: cut short; download it again")
+                    left, at = left[count:], at + count
+        except OSError as error:
+            raise UserError(f"{self.file}: cannot be read: {error.strerror}") from error
+        return values.float()
+
+
+class Source:
+    """Weights that fit a network of ours.
+
+    Args:
+        tensors: by their names.
+        parts: where in them each of our parameters is.
+
+    Attributes:
+        added: our parameters that they lack, QK norms, which are 1.
+    """
+
+    def __init__(self, tensors: Mapping[str, Stored], parts: Mapping[str, list[Part]]) -> None:
+        self._tensors, self._parts = tensors, parts
+        self.added = [name for name, theirs in parts.items() if theirs[0].name not in tensors]
+
+    def read(self, name: str, start: int, length: int) -> Tensor:
+        """Values start … start + length of a flattened parameter of ours, float32.
+
+        Raises:
+            UserError: a file cannot be read any more.
+        """
+        if name in self.added:
+            return torch.ones(length)
+        return torch.cat([torch.empty(0), *self._stretches(name, start, start + length)])
+
+    def _stretches(self, name: str, low: int, high: int) -> Iterator[Tensor]:
+        begin = 0
+        for part in self._parts[name]:
+            stored, size = self._tensors[part.name], prod(part.shape)
+            # Halves that are swapped: ours are theirs, begun in the middle.
+            places = ((0, size // 2, size // 2), (size // 2, 0, size - size // 2)) if part.swapped else ((0, 0, size),)
+            for ours, theirs, count in places:
+                first, last = max(low - begin - ours, 0), min(high - begin - ours, count)
+                if first < last:
+                    yield stored.values(theirs + first, theirs + last)
+            begin += size
+
+
+def open_source(place: Path, values: Mapping[str, Any]) -> Source:
+    """The weights that a new run starts from.
+
+    Args:
+        place: a folder of diffusers, its name on the Hugging Face hub, or a single file.
+        values: the `model` section of the config.
+
+    Raises:
+        UserError: there are no such weights, they are damaged, or they are of another network: says what differs.
+    """
+    family = values["family"]
+    model = blueprint(family, values)
+    if place.is_file():
+        found = _read_heads((place,))
+    else:
+        folder = _transformer(place)
+        _check_config(folder, family, values)
+        found = _read_heads(weight_files(folder, "diffusion_pytorch_model"))
+    tensors, parts = _choose(found, place, family, model)
+    positions = [tensors.pop(name) for name in (DIFFUSERS_POSITIONS, ORIGINAL_POSITIONS) if name in tensors]
+    missing = {part.name: part for name, theirs in parts.items() if name.endswith(QK_NORMS) for part in theirs}
+    try:
+        check_state({**missing, **tensors}, {part.name: part.shape for theirs in parts.values() for part in theirs})
+        for grid in positions:
+            _check_positions(grid, model)
+    except UserError as error:
+        raise UserError(f"model.init_from: {place}: {error}") from None
+    return Source(tensors, parts)
+
+
+def _transformer(place: Path) -> Path:
+    """The folder of the network, which may be in that of a pipeline."""
+    folder = model_folder(place)
+    if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "transformer").is_dir():
+        folder = folder / "transformer"
+    if not folder.is_dir():
+        raise UserError(
+            f"model.init_from: {place}: neither a folder nor a file; give a folder of diffusers or a .safetensors file"
+        )
+    return folder
+
+
+def _check_config(folder: Path, family: str, values: Mapping[str, Any]) -> None:
+    """Refuse a folder of another network, by the keys of our config, which say more than names of weights."""
+    config = read_config(folder)
+    if (given := config.get("_class_name")) != CLASSES[family]:
+        raise UserError(f"model.init_from: {folder} holds a {given}; model.family {family} is a {CLASSES[family]}")
+    try:
+        theirs = NAMES[family].model_kwargs_from_diffusers(config)
+    except KeyError as error:
+        raise UserError(f"model.init_from: {folder}: its config.json lacks {error}; download it again") from None
+    wrong = {name: theirs[name] for name in theirs.keys() - NOT_THEIRS if theirs[name] != values[name]}
+    if wrong.get("qk_norm") is False:
+        del wrong["qk_norm"]  # it is added
+    if wrong:
+        said = ", ".join(f"model.{name} {value} (here {values[name]})" for name, value in sorted(wrong.items()))
+        raise UserError(f"model.init_from: {folder} has {said}; set the same")
+
+
+def _read_heads(files: tuple[Path, ...]) -> dict[str, Stored]:
+    """All tensors of some files."""
+    found = {}
+    for path in files:
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                prefix = file.read(8)
+                length = head_bytes(prefix, size)
+                entries = parse_head(file.read(length), size - 8 - length)
+        except OSError as error:
+            raise UserError(f"model.init_from: {path}: cannot be read: {error.strerror}") from error
+        except DamageError as error:
+            raise UserError(
+                f"model.init_from: {path}: {error}; only safetensors are read, and whole ones: download it again, or "
+                "write what you trust with safetensors.torch.save_file"
+            ) from error
+        for name, entry in entries.items():
+            found[name] = Stored(path, DTYPES[entry.dtype], entry.shape, 8 + length + entry.start)
+    return found
+
+
+def _choose(
+    found: Mapping[str, Stored], place: Path, family: str, model: nn.Module
+) -> tuple[dict[str, Stored], dict[str, list[Part]]]:
+    """The network's tensors in a file that may hold other things, under the names that most of them have."""
+    best: tuple[int, str, dict[str, list[Part]]] = (0, "", {})
+    for form in FORMS[family].values():
+        parts = layout(model, form)
+        names = {part.name for theirs in parts.values() for part in theirs}
+        for prefix in PREFIXES:
+            known = sum(prefix + name in found for name in names)
+            best = max(best, (known, prefix, parts), key=lambda choice: choice[0])
+    known, prefix, parts = best
+    if not known:
+        raise UserError(f"model.init_from: {place} holds no weights of a {CLASSES[family]}, by no names that are known")
+    return {name.removeprefix(prefix): stored for name, stored in found.items() if name.startswith(prefix)}, parts
+
+
+def _check_positions(grid: Stored, model: Any) -> None:
+    """Refuse other positions than the model's, by the first row and the first column of their grid."""
+    side, width = model.pos_embed_max_size, model.width
+    if prod(grid.shape) != side**2 * width:
+        patches = prod(grid.shape) / width
+        raise UserError(
+            f"its position grid has {patches**0.5:g} patches on a side; set model.pos_embed_max_size to that"
+        )
+    row = grid.values(0, side * width).unflatten(0, (side, width))
+    column = torch.stack([grid.values(p * side * width, p * side * width + width) for p in range(side)])
+    check_axes(row, column, model)

@@ -10,6 +10,7 @@ from pathlib import Path
 from fmscale.config import EncodeConfig, TrainConfig
 from fmscale.data.order import split
 from fmscale.data.transport import PIPE, connect, is_remote
+from fmscale.encoders.weights import HUB_NAME
 from fmscale.errors import UserError
 from fmscale.log import get_logger
 from fmscale.runs import check_run_dir, checkpoints_dir, snapshots_dir
@@ -41,6 +42,10 @@ def check_train(config: TrainConfig, site: Site, flags: Collection[str] = ()) ->
             _look_at_dataset(Path(place))
         else:
             _look_at_url(place, config.data.remote.timeout_s, "--allow-pipe" in flags)
+    weights = config.model.init_from
+    if weights is not None and not _count(checkpoints_dir(config.run_dir)) and not weights.exists():
+        if HUB_NAME.fullmatch(str(weights)) is None:
+            raise UserError(f"model.init_from: {weights}: neither a folder nor a file, nor a name on the hub")
     size = checkpoint_bytes(config)
     _check_disk(config, size)
     save_s, left_s = size / 1e9 / site.write_gb_per_s, leave_s(site.signal_delay_s)

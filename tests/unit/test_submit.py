@@ -59,6 +59,7 @@ def test_a_site_that_makes_no_sense_is_refused(values: dict[str, object], said: 
         ((), {"nodes": 17, "tasks_per_node": 2}, "global_batch 32 cannot be split over 34 ranks"),
         (("data.path=/nowhere",), {}, "data: /nowhere: no such folder"),
         (("model.heads=4000",), {}, "run_dir: .* GB are free"),
+        (("model.init_from=/nowhere/x.safetensors",), {}, "model.init_from: /nowhere/x.safetensors: neither"),
         ((), {"write_gb_per_s": 1e-9}, "site.signal_delay_s: 90 leaves 65 s"),
         ((), {"time_min": 2}, "site.time_min"),
         (("steps=100_000_000", "checkpoint.keep_every_steps=4"), {}, "run_dir: 25000001 checkpoints"),

@@ -65,12 +65,16 @@ def test_forward_and_every_gradient_equal_diffusers(number: int) -> None:
     (velocity * weight).sum().backward()
     (expected * weight).sum().backward()
     assert distance(velocity, expected) <= 1e-5
+    worst = 0.0
     for ours, stock in ((gradients(inputs), gradients(theirs)), their_gradients(pair)):
         assert ours.keys() == stock.keys()
         # Some are 0 but for rounding, as those of the biases of keys that only one stream reads.
         least = 1e-3 * max(tensor.norm().item() for tensor in stock.values())
         for name, tensor in stock.items():
-            assert (ours[name] - tensor).norm().item() <= 1e-5 * max(tensor.norm().item(), least), (case, name)
+            error = (ours[name] - tensor).norm().item() / max(tensor.norm().item(), least)
+            assert error <= 1e-5, (case, name)
+            worst = max(worst, error)
+    print(f"{case}: velocity {distance(velocity, expected):.1e}, worst gradient {worst:.1e}")
 
 
 @pytest.mark.parametrize("number", range(DRAWS))
@@ -88,4 +92,5 @@ def test_bfloat16_is_no_further_from_float32_than_twice_diffusers(number: int) -
         expected = run_theirs(exact, {name: value.float() for name, value in short.items()}, t, guidance)
         ours, theirs = run_ours(rounded, short, t, guidance), run_theirs(rounded, short, t, guidance)
     assert ours.dtype == torch.bfloat16
-    assert distance(ours, expected) <= 2 * distance(theirs, expected)
+    print(f"{case}: {distance(ours, expected):.1e}, of diffusers {distance(theirs, expected):.1e}")
+    assert distance(ours, expected) <= 2 * min(distance(theirs, expected), 1e-2)  # diffusers' FLUX rounds the time too

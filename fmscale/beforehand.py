@@ -42,10 +42,8 @@ def check_train(config: TrainConfig, site: Site, flags: Collection[str] = ()) ->
             _look_at_dataset(Path(place))
         else:
             _look_at_url(place, config.data.remote.timeout_s, "--allow-pipe" in flags)
-    weights = config.model.init_from
-    if weights is not None and not _count(checkpoints_dir(config.run_dir)) and not weights.exists():
-        if HUB_NAME.fullmatch(str(weights)) is None:
-            raise UserError(f"model.init_from: {weights}: neither a folder nor a file, nor a name on the hub")
+    if not _count(checkpoints_dir(config.run_dir)):
+        _look_at_weights(config.model.init_from)
     size = checkpoint_bytes(config)
     _check_disk(config, size)
     save_s, left_s = size / 1e9 / site.write_gb_per_s, leave_s(site.signal_delay_s)
@@ -112,6 +110,12 @@ def _look_at_url(place: str, timeout_s: float, allow_pipe: bool) -> None:
         ) from None
     except Exception as error:  # whatever libraries for stores raise
         log.warning("data: %s cannot be looked at from here (%s); the job will", place, error)
+
+
+def _look_at_weights(place: Path | None) -> None:
+    """Whether what a new run starts from is there, or may be on the hub."""
+    if place is not None and not place.exists() and HUB_NAME.fullmatch(str(place)) is None:
+        raise UserError(f"model.init_from: {place}: neither a folder nor a file, nor a name on the hub")
 
 
 def _check_disk(config: TrainConfig, size: int) -> None:

@@ -250,8 +250,8 @@ def normalise(tokens: Tensor) -> Tensor:
 
 
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """normed · (1 + scale) + shift, in one pass; shift and scale have shape (B, 1, D)."""
-    return torch.addcmul(shift, normed, 1 + scale)
+    """normed · (1 + scale) + shift, in float32, rounded once; shift and scale have shape (B, 1, D)."""
+    return torch.addcmul(shift.float(), normed, 1 + scale.float()).to(normed.dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:

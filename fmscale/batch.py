@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+COUNT = "_count"  # after a text encoder's role: tokens that a caption has, behind which its features are padding
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -19,8 +21,9 @@ class Conditioning:
     Attributes:
         context: text tokens, shape (B, L, D).
         pooled: pooled text embedding, shape (B, P).
-        repeats: shape (L,), int64, or None. Token i stands for `repeats[i]` identical tokens: a run of equal tokens
-            (the zeros that pipelines feed for an absent T5) costs one token and changes nothing. None means all ones.
+        repeats: shape (L,), or (B, L) where images differ, int64, or None. Token i stands for `repeats[i]` identical
+            tokens: a run of equal tokens (the zeros that pipelines feed for an absent T5) costs one token and changes
+            nothing, and one that counts 0 times is padding that the image does not see. None means all ones.
     """
 
     context: Tensor
@@ -54,7 +57,8 @@ class Batch:
         bucket: latent (height, width), the same on every rank in a step.
         slots: places in the global batch, shape (B,), int64.
         weight: shape (B,), float32: 1, or 0 where the slot is padding or its sample is damaged.
-        tensors: stored tensors by name, each (B, ...): `latents` and, per text encoder, tokens and pooled embedding.
+        tensors: stored tensors by name, each (B, ...): `latents` and, per text encoder, tokens and pooled embedding;
+            beside them, where they were asked for, `ROLE_count` (B,): tokens that the caption has.
         noise: shape of the latents, float32, standard normal.
         keys: the samples' keys, one per slot; empty text for padding.
         bad: the damaged samples among them.

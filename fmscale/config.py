@@ -144,6 +144,10 @@ class ConditioningConfig(Section):
     """Share of images that train without any text; each of k encoders is dropped with probability dropout^(1/k)."""
     null: Literal["empty", "zeros"] = "empty"
     """What a dropped encoder says: the encoded empty caption, which stock pipelines feed for guidance, or zeros."""
+    text: Literal["padded", "masked"] = "padded"
+    """`padded`: captions are filled up to full length, and the network sees the padding, as in stock pipelines.
+    `masked`: it sees each caption's own tokens alone (where those are zeros, one per encoder); flash kernels cannot do
+    that. Stock pipelines must then be given text without padding, as the README.md of an export shows."""
 
 
 class OptimizerConfig(Section):

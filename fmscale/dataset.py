@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmscale.batch import COUNT
 from fmscale.config import DataConfig, TrainConfig
-from fmscale.data.mixture import Mixture, first_difference, only_appended
+from fmscale.data.counts import counts_of
+from fmscale.data.mixture import Address, Mixture, first_difference, only_appended
 from fmscale.data.order import Generation
 from fmscale.data.prepare import to_floats
 from fmscale.data.raw import PIXELS
 from fmscale.data.remote import RemoteOptions, open_index
+from fmscale.data.tar import DamageError
 from fmscale.distributed import world_from_environment
 from fmscale.draws import POSTERIOR_NOISE
-from fmscale.encoders.null import load_null
-from fmscale.encoders.text import ROLES, TextEncoders, assemble, reopen_text_encoders
+from fmscale.encoders.null import load_null, load_null_counts
+from fmscale.encoders.text import ROLES, TextEncoders, assemble, reopen_text_encoders, zeros_for
 from fmscale.encoders.vae import LATENTS, Vae, reopen_vae
 from fmscale.errors import UserError
 from fmscale.features import STORAGE
@@ -36,7 +39,7 @@ class Dataset:
         encoders: text encoders whose features are stored.
         t5_length: T5 tokens, or zeros in their place.
         text_tokens: of a caption, as the network takes them: one that stands for many counts once.
-        null: per stored text tensor, what replaces it when its encoder is dropped.
+        null: per stored text tensor, what replaces it when its encoder is dropped; with counts, where text is masked.
         generations: what was stored when, where shards were appended in mid-run; the last is what is stored now.
         online: encodes captions, where their features are not stored.
         vae: encodes images, where their latents are not stored.
@@ -51,6 +54,11 @@ class Dataset:
     online: TextEncoders | None = None
     vae: Vae | None = None
 
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """Text encoders whose tokens are counted, so that padding is not seen; none where it is."""
+        return tuple(role for role in ROLES if role + COUNT in self.null)
+
     def text_of(self, tensors: Mapping[str, Tensor], captions: Sequence[str]) -> Mapping[str, Tensor]:
         """Text features of B samples by name: as they are stored, or encoded now.
 
@@ -58,7 +66,7 @@ class Dataset:
             tensors: that are stored of them, (B, ...) each.
             captions: of them, where features are not stored.
         """
-        return tensors if self.online is None else self.online.encode(list(captions))
+        return tensors if self.online is None else self.online.encode(list(captions), bool(self.counted))
 
     def latents_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Latents (B, C, H, W) of B samples, float32: as they are stored, or encoded now.
@@ -76,7 +84,8 @@ class Dataset:
         """Digest of the null: what is dropped must not change in mid-run either."""
         digest = hashlib.sha256()
         for name, value in sorted(self.null.items()):
-            digest.update(name.encode() + value.cpu().numpy().tobytes())
+            if not name.endswith(COUNT):
+                digest.update(name.encode() + value.cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def identity(self) -> dict[str, Any]:
@@ -108,7 +117,10 @@ def open_dataset(config: TrainConfig, allow_pipe: bool = False) -> Dataset:
         raise UserError(
             f"data.path: {mixture.name} holds no text features ({', '.join(ROLES)}); make it by `fmscale encode`"
         )
-    null = open_null(mixture, config.conditioning.null)
+    masked = config.conditioning.text == "masked"
+    null = open_null(mixture, config.conditioning.null, masked)
+    if masked and online is None:
+        _check_counts(mixture, [role for role in ROLES if role in null])
     encoders = tuple(role for role in ROLES if {role, f"{role}_pooled"} & null.keys())
     t5_length = mixture.made_by.get("t5_length", 256)
     check = assemble(
@@ -168,18 +180,26 @@ def text_shapes(mixture: Mixture) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, (_, shape) in mixture.layout.items() if name.removesuffix("_pooled") in ROLES}
 
 
-def open_null(mixture: Mixture, null: str) -> dict[str, Tensor]:
+def open_null(mixture: Mixture, null: str, masked: bool = False) -> dict[str, Tensor]:
     """What replaces text features that are dropped: those of the empty caption, or zeros.
 
     Args:
         mixture: stores the features, or beside its shards those of the empty caption alone.
         null: `empty` or `zeros`.
+        masked: padding is not seen, so the tokens of the null are counted too.
+
+    Raises:
+        UserError: the dataset does not tell what the null is.
     """
-    shapes = text_shapes(mixture)
+    shapes, folder = text_shapes(mixture), mixture.datasets[0].path
     if null == "zeros" and not is_online(mixture):
-        return {name: torch.zeros(shape) for name, shape in shapes.items()}
-    features = load_null(mixture.datasets[0].path, None if is_online(mixture) else shapes)
-    return {name: torch.zeros_like(value) for name, value in features.items()} if null == "zeros" else features
+        features = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    else:
+        features = load_null(folder, None if is_online(mixture) else shapes)
+    roles = [role for role in ROLES if role in features] if masked else []
+    if null == "zeros":
+        return zeros_for(features | {role + COUNT: torch.empty(()) for role in roles})
+    return features | (load_null_counts(folder, roles) if roles else {})
 
 
 def open_mixture(config: DataConfig, allow_pipe: bool = False) -> Mixture:
@@ -272,6 +292,17 @@ def _check_latents(config: TrainConfig, mixture: Mixture) -> None:
             raise UserError(
                 f"model.pos_embed_max_size: covers {limit} latent pixels, the dataset has bucket {bucket.name}"
             )
+
+
+def _check_counts(mixture: Mixture, roles: Sequence[str]) -> None:
+    """Refuse a dataset whose first sample does not say how many tokens its caption has."""
+    for part in range(len(mixture.datasets)):
+        address = Address(part, 0)
+        try:
+            meta = mixture.sample(address).read_meta()
+        except DamageError:
+            continue  # training names it, when it comes to it
+        counts_of(meta, roles, f"{mixture.key(address)} in {mixture.datasets[part].place}")
 
 
 def _check_coupling(config: TrainConfig, mixture: Mixture) -> None:

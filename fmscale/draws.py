@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fmscale.batch import COUNT
 from fmscale.config import TrainConfig
 from fmscale.data.raw import PIXELS, RawImages
 from fmscale.data.tensors import widen
@@ -132,14 +133,14 @@ def drop_text(
     """Text features in which dropped encoders say what they say of the null.
 
     Args:
-        tensors: stored tensors by name, (B, ...) each.
+        tensors: by name, (B, ...) each, as `Batch.tensors`.
         encoders: in the order of the columns of `dropped`.
         dropped: shape (B, encoders), bool.
         null: per text tensor, without the batch dimension.
     """
     text, tensors = {}, widen(tensors)  # on the device: the bytes that travel there are few
     for column, encoder in enumerate(encoders):
-        for name in (encoder, f"{encoder}_pooled"):
+        for name in (encoder, f"{encoder}_pooled", encoder + COUNT):
             if name in null:
                 value = tensors[name].float()
                 mask = dropped[:, column].reshape(-1, *[1] * (value.ndim - 1))

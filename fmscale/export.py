@@ -159,6 +159,7 @@ def _note(run: Run, weights: Weights) -> dict[str, Any]:
         "images_seen": run.description["images_seen"],
         "weights": run.weight_kind(weights),
         "null": run.config.conditioning.null,
+        "text": run.config.conditioning.text,
         "t5_length": run.made_by["t5_length"],
         "encoders": sorted(run.made_by["text"]),
         "base_size": run.config.model.base_size,
@@ -179,11 +180,13 @@ def model_card(run: Run, weights: Weights, dtype: str) -> str:
         "dataset": f"fingerprint {note['dataset_fingerprint'][:16]}",
         "timesteps": f"{config.flow.timesteps}, shift {config.flow.shift:g}",
         "null conditioning": _NULL_TEXT[config.conditioning.null],
+        "text padding": _PADDING_TEXT[config.conditioning.text],
         "text length": f"{note['t5_length']} T5 tokens" + ("" if "t5" in run.made_by["text"] else ", all zeros"),
         "licence": "not stated; yours to choose",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"# A model trained with fmscale\n\n| | |\n|---|---|\n{table}\n\n```python\n{_snippet(run)}```\n"
+    snippet = _masked_snippet(run) if note["text"] == "masked" else _snippet(run)
+    return f"# A model trained with fmscale\n\n| | |\n|---|---|\n{table}\n\n```python\n{snippet}```\n"
 
 
 _NULL_TEXT = {
@@ -192,9 +195,18 @@ _NULL_TEXT = {
 }
 
 
+_PADDING_TEXT = {
+    "padded": "seen by the model, as pipelines show it",
+    "masked": "never seen by the model: give the transformer each caption's own tokens alone, as below",
+}
+
+
+def _side_px(run: Run) -> int:
+    return run.config.model.base_size * run.config.model.patch_size * run.made_by["vae"]["factor"]
+
+
 def _snippet(run: Run) -> str:
-    length, factor = run.made_by["t5_length"], run.made_by["vae"]["factor"]
-    side = run.config.model.base_size * run.config.model.patch_size * factor
+    length, side = run.made_by["t5_length"], _side_px(run)
     extra = f", max_sequence_length={length}" if length != 256 else ""
     head = textwrap.dedent("""\
         from diffusers import StableDiffusion3Pipeline
@@ -210,6 +222,53 @@ def _snippet(run: Run) -> str:
         image = pipe(
             prompt_embeds=tokens, pooled_prompt_embeds=pooled,
             negative_prompt_embeds=0 * tokens, negative_pooled_prompt_embeds=0 * pooled,
+            height={side}, width={side}, guidance_scale=4.0,
+        ).images[0]
+        """)
+
+
+def _masked_snippet(run: Run) -> str:
+    """The stock pipeline on text without its padding, which is to have one length for all: NaN marks what goes."""
+    length, side, has_t5 = run.made_by["t5_length"], _side_px(run), "t5" in run.made_by["text"]
+    t5 = f"len(pipe.tokenizer_3(prompt, truncation=True, max_length={length}).input_ids)" if has_t5 else "0"
+    null = 'negative, negative_pooled = embed("")'
+    if run.config.conditioning.null == "zeros":
+        null = "negative, negative_pooled = torch.full_like(tokens, torch.nan), torch.zeros_like(pooled)\n"
+        null += f"negative[:, {'[0, clip_length]' if has_t5 else '0'}] = 0"
+    head = textwrap.dedent(f"""\
+        import torch
+        from diffusers import StableDiffusion3Pipeline
+
+        pipe = StableDiffusion3Pipeline.from_pretrained("PATH OF THIS FOLDER")
+        clip_length, stock_forward = pipe.tokenizer_max_length, pipe.transformer.forward
+
+
+        def embed(prompt):  # with NaN in place of the padding: of CLIP's tokens, then of T5's
+            tokens, _, pooled, _ = pipe.encode_prompt(
+                prompt, None, None, do_classifier_free_guidance=False, max_sequence_length={length}
+            )
+            clips = pipe.tokenizer, pipe.tokenizer_2
+            most = max(len(clip(prompt, truncation=True, max_length=clip_length).input_ids) for clip in clips)
+            tokens[:, most:clip_length] = torch.nan
+            tokens[:, clip_length + {t5} :] = torch.nan
+            return tokens, pooled
+
+
+        def forward(hidden_states, timestep, encoder_hidden_states, pooled_projections, **options):
+            velocities = []
+            for latents, t, tokens, pooled in zip(hidden_states, timestep, encoder_hidden_states, pooled_projections):
+                own = tokens[~tokens.isnan().any(dim=1)]
+                velocities.append(stock_forward(latents[None], own[None], pooled[None], t[None], **options)[0])
+            return (torch.cat(velocities),)
+
+
+        pipe.transformer.forward = forward
+        tokens, pooled = embed("what the image shows")
+        """)
+    return f"{head}{null}\n" + textwrap.dedent(f"""\
+        image = pipe(
+            prompt_embeds=tokens, pooled_prompt_embeds=pooled,
+            negative_prompt_embeds=negative, negative_pooled_prompt_embeds=negative_pooled,
             height={side}, width={side}, guidance_scale=4.0,
         ).images[0]
         """)

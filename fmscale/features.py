@@ -86,8 +86,9 @@ class Encoder:
         return latents
 
     def null(self) -> dict[str, Tensor]:
-        """The features of the empty caption, as stored."""
-        return {name: value[0].to("cpu", self.storage) for name, value in self.text.encode([""]).items()}
+        """The features of the empty caption, as stored, and its tokens, counted."""
+        features = {name: value[0].cpu() for name, value in self.text.encode([""], counted=True).items()}
+        return {name: value.to(self.storage) if value.ndim else value for name, value in features.items()}
 
     def facts(self, meta: Mapping[str, Any]) -> dict[str, float]:
         """What the json of a sample adds to the facts about all captions, which `summarize` makes of their sum."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fmscale.batch import Conditioning
 from fmscale.config import TrainConfig
+from fmscale.data.counts import counts_of
 from fmscale.data.mixture import Address, MixedBucket, Mixture
 from fmscale.data.raw import RawSample
 from fmscale.data.reader import Sample
@@ -52,17 +53,23 @@ class Gallery:
         samples = list(islice(sound_samples(mixture, bucket), IMAGES))
         if not samples:
             raise UserError(f"{mixture.name}: every sample of bucket {bucket.name} is damaged; encode it again")
-        self.captions = [sample.read_meta().get("caption", "") for sample in samples]
-        stored = {
-            name: torch.stack([sample.tensors[name] for sample in samples])
-            for name in job.dataset.null
-            if job.dataset.online is None
-        }
-        self.text = job.dataset.text_of(stored, self.captions)
+        metas = [sample.read_meta() for sample in samples]
+        self.captions = [meta.get("caption", "") for meta in metas]
+        self.text = job.dataset.text_of(self._stored(samples, metas), self.captions)
         shape = (job.config.model.latent_channels, bucket.height, bucket.width)
         self.noise = torch.stack([draw_noise(shape, SAMPLES, job.config.seed, i) for i in range(len(samples))])
         folder, made = vae_folder(job.config.data, mixture), mixture.made_by["vae"]
         self.vae = reopen_vae(folder, made) if job.world.is_main else None
+
+    def _stored(self, samples: Sequence[Sample | RawSample], metas: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """What is stored of the text of samples, with the counts of tokens that training masks by."""
+        dataset = self.job.dataset
+        if dataset.online is not None:
+            return {}
+        where = f"a sample in {dataset.mixture.name}"
+        counts = [counts_of(meta, dataset.counted, where) for meta in metas]
+        rows = [sample.tensors | count for sample, count in zip(samples, counts, strict=True)]
+        return {name: torch.stack([row[name] for row in rows]) for name in dataset.null}
 
     def draw(self) -> Image.Image | None:
         """A sheet of what the averaged weights draw, or the raw ones where there is no average; every rank calls it.

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fmscale.batch import Conditioning
+from fmscale.batch import COUNT, Conditioning
 from fmscale.config import ReflowConfig
 from fmscale.data.buckets import grouped
+from fmscale.data.counts import counts_of
 from fmscale.data.index import Index
 from fmscale.data.index_build import build_index
 from fmscale.data.mixture import MixedBucket, Mixture
@@ -19,7 +20,7 @@ from fmscale.data.tar import DamageError
 from fmscale.dataset import is_online, making, open_mixture, open_null
 from fmscale.distributed import world_from_environment
 from fmscale.encoders.null import save_null
-from fmscale.encoders.text import ROLES, assemble
+from fmscale.encoders.text import ROLES, assemble, trim
 from fmscale.errors import UserError
 from fmscale.features import STORAGE
 from fmscale.files import new_folder
@@ -51,13 +52,13 @@ def reflow(config: ReflowConfig, allow_pipe: bool = False) -> Index:
     run, source = open_run(config.teacher), open_mixture(config.data, allow_pipe)
     check_teacher(run, source)
     with new_folder(config.out) as folder:
-        null = open_null(source, run.config.conditioning.null)
+        null = open_null(source, run.config.conditioning.null, run.config.conditioning.text == "masked")
         teacher = Teacher(config, run, null)
         with ShardWriter(folder, samples_per_shard=config.shard_samples) as writer, progress() as bar:
             captions = bar.track(read_captions(config, source), total=config.pairs, description="reflow")
             for batch in grouped(captions, lambda caption: caption.bucket, config.batch):
                 for caption, latents in zip(batch, teacher.draw(batch), strict=True):
-                    meta = {"caption": caption.words, NOISE_KEY: list(caption.noise_key)}
+                    meta = {"caption": caption.words, NOISE_KEY: list(caption.noise_key), **caption.tokens}
                     writer.write(f"pair{caption.number:09d}", {"latents": latents, **caption.text}, meta)
         save_null(folder, {name: value.to(STORAGE["fp32"]) for name, value in null.items()})
         build_index(folder, {**source.made_by, "program": "fmscale reflow", "teacher": teacher.identity()})
@@ -94,6 +95,7 @@ class Caption(NamedTuple):
         bucket: of the sample, and so of the pair.
         text: features as stored.
         words: the caption itself.
+        tokens: how many it has, by text encoder, as `tokens` in the json; empty where that does not say.
         noise_key: what the pair's noise is a function of.
     """
 
@@ -101,6 +103,7 @@ class Caption(NamedTuple):
     bucket: MixedBucket
     text: dict[str, Tensor]
     words: str
+    tokens: dict[str, Any]
     noise_key: tuple[str, int, int]
 
 
@@ -116,7 +119,9 @@ def read_captions(config: ReflowConfig, source: Mixture) -> Iterator[Caption]:
             log.warning("skipped %s: %s", source.key(address), error)
             continue
         text = {name: value for name, value in sample.tensors.items() if name.removesuffix("_pooled") in ROLES}
-        yield Caption(number, bucket, text, sample.read_meta().get("caption", ""), ("reflow", config.seed, number))
+        meta = sample.read_meta()
+        tokens = {name: value for name, value in meta.items() if name == "tokens"}
+        yield Caption(number, bucket, text, meta.get("caption", ""), tokens, ("reflow", config.seed, number))
 
 
 class Teacher:
@@ -130,6 +135,7 @@ class Teacher:
 
     def __init__(self, config: ReflowConfig, run: Run, null: Mapping[str, Tensor]) -> None:
         self.config, self.run, self.null = config, run, null
+        self.counted = [role for role in ROLES if role + COUNT in null]
         self.device = world_from_environment().device
         self.model = run.model("ema").to(self.device)
         self.times = time_grid(config.solver_steps, run.config.flow.shift)
@@ -139,8 +145,8 @@ class Teacher:
         bucket = captions[0].bucket
         shape = (self.run.config.model.latent_channels, bucket.height, bucket.width)
         noise = torch.stack([draw_noise(shape, *caption.noise_key) for caption in captions]).to(self.device)
-        names = captions[0].text
-        text = {name: torch.stack([caption.text[name] for caption in captions]).float() for name in names}
+        rows = [caption.text | self._counts(caption) for caption in captions]
+        text = {name: torch.stack([row[name] for row in rows]).float() for name in rows[0]}
         nothing = {name: self.null[name].expand_as(value) for name, value in text.items()}
         latents = sample_latents(
             self.model,
@@ -153,11 +159,13 @@ class Teacher:
         )
         return latents.to("cpu", STORAGE[self.config.dtype])
 
+    def _counts(self, caption: Caption) -> dict[str, Tensor]:
+        return counts_of(caption.tokens, self.counted, f"the caption of pair {caption.number}")
+
     def _assemble(self, text: Mapping[str, Tensor]) -> Conditioning:
         on_device = {name: value.to(self.device) for name, value in text.items()}
-        return assemble(
-            on_device, context_dim=self.run.config.model.context_dim, t5_length=self.run.made_by["t5_length"]
-        )
+        context_dim, t5_length = self.run.config.model.context_dim, self.run.made_by["t5_length"]
+        return trim(assemble(on_device, context_dim=context_dim, t5_length=t5_length))
 
     def identity(self) -> dict[str, Any]:
         """What the pairs' manifest says about their making."""

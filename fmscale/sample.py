@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from fmscale.batch import Conditioning
 from fmscale.distributed import world_from_environment
-from fmscale.encoders.text import ROLES, TextEncoders, assemble, load_text_encoders, reopen_text_encoders
+from fmscale.encoders.text import (
+    ROLES,
+    TextEncoders,
+    assemble,
+    load_text_encoders,
+    reopen_text_encoders,
+    trim,
+    zeros_for,
+)
 from fmscale.encoders.vae import Vae, load_vae, reopen_vae
 from fmscale.errors import UserError
 from fmscale.flow.noise import draw_noise
@@ -47,6 +55,7 @@ class Generator:
         context_dim: token width that the model takes.
         t5_length: T5 tokens, or zeros in their place.
         null: what the model was trained on in place of text, `empty` or `zeros`.
+        masked: it was trained without sight of the text's padding.
         shift: of the timesteps it was trained with.
         patch_size: latent pixels on a side of a patch.
         base_size: patches on a side of an image at the base resolution.
@@ -58,6 +67,7 @@ class Generator:
     context_dim: int
     t5_length: int
     null: str
+    masked: bool
     shift: float
     patch_size: int
     base_size: int
@@ -69,16 +79,16 @@ class Generator:
 
     def condition(self, captions: list[str]) -> Conditioning:
         """What the network is told about these captions."""
-        features = self.text.encode(captions)
-        return assemble(features, context_dim=self.context_dim, t5_length=self.t5_length)
+        return self._assemble(self.text.encode(captions, self.masked))
 
     def unconditional(self, negative_prompts: list[str]) -> Conditioning:
         """What guidance leads away from: negative prompts, or zeros where those are empty and zeros were trained."""
-        conditioning = self.condition(negative_prompts)
-        if self.null == "empty" or any(negative_prompts):
-            return conditioning
-        zeros = (torch.zeros_like(conditioning.context), torch.zeros_like(conditioning.pooled))
-        return Conditioning(*zeros, conditioning.repeats)
+        features = self.text.encode(negative_prompts, self.masked)
+        replaced = self.null == "zeros" and not any(negative_prompts)
+        return self._assemble(zeros_for(features) if replaced else features)
+
+    def _assemble(self, features: Mapping[str, Tensor]) -> Conditioning:
+        return trim(assemble(features, context_dim=self.context_dim, t5_length=self.t5_length))
 
     def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
         """(C, H, W) of an image of this size.
@@ -195,6 +205,7 @@ def open_generator(
         context_dim=run.config.model.context_dim,
         t5_length=run.made_by["t5_length"],
         null=run.config.conditioning.null,
+        masked=run.config.conditioning.text == "masked",
         shift=run.config.flow.shift,
         patch_size=run.config.model.patch_size,
         base_size=run.config.model.base_size,
@@ -247,6 +258,7 @@ def _open_export(folder: Path) -> Generator:
         context_dim=kwargs["context_dim"],
         t5_length=note["t5_length"],
         null=note["null"],
+        masked=note.get("text") == "masked",  # not a word of it in older exports
         shift=_read_json(folder / "scheduler" / "scheduler_config.json")["shift"],
         patch_size=kwargs["patch_size"],
         base_size=note["base_size"],

@@ -293,6 +293,7 @@ def batches_of(job: Job, start: int) -> Iterator[Batch]:
         noise=functools.partial(draw_noise, config.flow.coupling, config.seed),
         view=functools.partial(draw_view, config.seed, mixture.raw),
         captions=job.dataset.online is not None,
+        counts=job.dataset.counted if job.dataset.online is None else (),
         workers=config.data.workers,
         pin_memory=job.world.device.type == "cuda",
         worker_init=outlive_signals,

@@ -13,7 +13,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,8 @@ import webdataset
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fmscale.batch import BadSample, Batch
+from fmscale.batch import COUNT, BadSample, Batch
+from fmscale.data.counts import counts_of
 from fmscale.data.mixture import Address, MixedBucket, Mixture
 from fmscale.data.order import Order, Split
 from fmscale.data.reader import RowReader
@@ -59,6 +60,7 @@ def build_loader(
     noise: Noise,
     view: View = as_stored,
     captions: bool = False,
+    counts: Sequence[str] = (),
     workers: int = 0,
     pin_memory: bool = False,
     worker_init: Callable[[int], None] | None = None,
@@ -77,6 +79,7 @@ def build_loader(
         view: (tensors of a micro-batch as they were read, step, its slots) -> the tensors that this step sees, (B, ...)
             each; what it makes of a slot of weight 0 is of no account.
         captions: give the captions too; each costs a second look at its sample.
+        counts: text encoders whose tokens of each caption are given too, at the same cost.
         workers: processes that read ahead; 0 reads in this one.
         pin_memory: put batches in page-locked memory.
         worker_init: each worker calls it first, with its number.
@@ -85,12 +88,12 @@ def build_loader(
         `(stop_step - start_step) * split.accumulation` batches.
 
     Raises:
-        UserError: from `noise`, or a place that cannot be read as datasets are.
+        UserError: from `noise` or `counts_of`, or a place that cannot be read as datasets are.
         OutageError: a place cannot be reached.
         RuntimeError: a worker died; its text begins with `DataLoader worker`.
     """
     items = partial(work_items, mixture, order, split, rank, start_step, stop_step)
-    make = partial(make_batches, mixture=mixture, noise=noise, view=view, captions=captions)
+    make = partial(make_batches, mixture=mixture, noise=noise, view=view, captions=captions, counts=counts)
     pipeline = webdataset.DataPipeline(items, make)
     loader = webdataset.WebLoader(
         pipeline, batch_size=None, num_workers=workers, pin_memory=pin_memory, worker_init_fn=worker_init
@@ -133,18 +136,27 @@ def work_items(
 
 
 def make_batches(
-    items: Iterable[WorkItem], mixture: Mixture, noise: Noise, view: View, captions: bool
+    items: Iterable[WorkItem], mixture: Mixture, noise: Noise, view: View, captions: bool, counts: Sequence[str]
 ) -> Iterator[Batch]:
     """Read what each item asks for; a slot that is padding, or whose sample is damaged, holds zeros with weight 0."""
     reader = RowReader()
     for item in items:
         mixture.expect([address for address in item.samples if address is not None])
-        yield _make_batch(item, mixture, noise, view, captions, reader)
+        yield _make_batch(item, mixture, noise, view, captions, counts, reader)
 
 
-def _make_batch(item: WorkItem, mixture: Mixture, noise: Noise, view: View, captions: bool, reader: RowReader) -> Batch:
+def _make_batch(
+    item: WorkItem,
+    mixture: Mixture,
+    noise: Noise,
+    view: View,
+    captions: bool,
+    counts: Sequence[str],
+    reader: RowReader,
+) -> Batch:
     count = len(item.samples)
     tensors = mixture.empty(item.bucket, count)
+    counted = {role + COUNT: torch.zeros(count, dtype=torch.int64) for role in counts}
     shape = (mixture.channels, item.bucket.height, item.bucket.width)
     drawn, weight = torch.empty(count, *shape), torch.zeros(count)
     keys, words, bad = [""] * count, [""] * count, []
@@ -152,14 +164,16 @@ def _make_batch(item: WorkItem, mixture: Mixture, noise: Noise, view: View, capt
         if address is not None:
             keys[row] = mixture.key(address)
             try:
-                read_meta = _fill(mixture, reader, address, tensors, row)
+                read_meta = cache(_fill(mixture, reader, address, tensors, row))
                 drawn[row] = noise(shape, item.step, slot, read_meta)
                 if captions:
                     words[row] = str(read_meta().get("caption", ""))
+                for name, number in counts_of(read_meta(), counts, keys[row]).items() if counts else ():
+                    counted[name][row] = number
                 weight[row] = 1
             except DamageError as damage:
                 bad.append(BadSample(keys[row], mixture.location(address).shard, str(damage)))
-    tensors = view(tensors, item.step, item.slots.tolist())
+    tensors = {**view(tensors, item.step, item.slots.tolist()), **counted}
     for row in (weight == 0).nonzero().flatten().tolist():
         for tensor in (drawn, *tensors.values()):
             tensor[row] = 0

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmscale.batch import Conditioning
+from fmscale.batch import COUNT, Conditioning
 from fmscale.encoders.clip import PAD_TOKENS, clip_tokenizer, from_open_clip, load_open_clip
 from fmscale.encoders.weights import load_pretrained, read_config, weight_files
 from fmscale.errors import UserError
@@ -25,6 +25,7 @@ from fmscale.files import sha256
 Pipeline = Literal["sd3", "flux"]
 CLIP_ROLES = ("clip_l", "clip_g")
 ROLES = (*CLIP_ROLES, "t5")
+TRIM_TOKENS = 32  # what `trim` leaves is a multiple of this, so that shapes are few
 MODEL_TYPES = {"clip_l": ("clip_text_model", "clip"), "clip_g": ("clip_text_model", "clip"), "t5": ("t5",)}
 
 
@@ -97,19 +98,23 @@ class TextEncoders:
         if len(lengths) > 1:
             raise UserError(f"clip_l and clip_g must take equally many tokens, not {' and '.join(map(str, lengths))}")
 
-    def encode(self, captions: list[str]) -> dict[str, Tensor]:
+    def encode(self, captions: list[str], counted: bool = False) -> dict[str, Tensor]:
         """Features of B captions by name, batch first: what a dataset stores and `assemble` takes.
 
         Args:
             captions: at least one; the empty caption is one too.
+            counted: tell how many tokens each caption has, too.
 
         Returns:
             `clip_l`, `clip_g`, `t5` (B, L, d) and `clip_l_pooled`, `clip_g_pooled` (B, p), for the roles given, each
-            in its model's dtype and on its device; for FLUX `t5` and `clip_l_pooled`.
+            in its model's dtype and on its device; for FLUX `t5` and `clip_l_pooled`. Counted, also `ROLE_count` (B,),
+            int64, of each role that has tokens.
         """
         features: dict[str, Tensor] = {}
-        for encoder in self.by_role.values():
+        for role, encoder in self.by_role.items():
             features |= encoder.encode(captions)
+            if counted and role in features:
+                features[role + COUNT] = torch.tensor(encoder.count(captions), device=features[role].device)
         return features
 
     def count(self, captions: list[str]) -> dict[str, list[int]]:
@@ -320,7 +325,8 @@ def assemble(features: Mapping[str, Tensor], *, context_dim: int, t5_length: int
     """What the network is told about the text: CLIP tokens, padded with zeros to T5's width, then T5 tokens.
 
     Without T5, pipelines feed `t5_length` zero tokens: one token that stands for so many, see `Conditioning.repeats`.
-    FLUX has T5 tokens alone.
+    FLUX has T5 tokens alone. Where captions are counted, tokens behind a caption's own are padding that is not seen,
+    and nothing stands for an absent T5; the two CLIPs share their tokens, so the larger of their counts holds.
 
     Args:
         features: by name, as `TextEncoders.encode` returns them; each (B, ...).
@@ -340,28 +346,61 @@ def assemble(features: Mapping[str, Tensor], *, context_dim: int, t5_length: int
     if not pools or not (roles or "t5" in features):
         raise UserError(f"no CLIP features, which the pooled embedding needs; there are: {', '.join(features)}")
     pooled = torch.cat(pools, dim=-1)
+    blocks = [block for block in (roles, ["t5"]) if features.keys() & block]
+    counted = any(name.endswith(COUNT) for name in features)
+    seen = torch.cat([_seen(features, block) for block in blocks], dim=1) if counted else None
     if "t5" in features and features["t5"].shape[-1] != context_dim:
         raise UserError(f"tokens of t5 are {features['t5'].shape[-1]} wide; the model's context_dim is {context_dim}")
     if not roles:
-        return Conditioning(features["t5"].to(pooled.dtype), pooled)
+        return Conditioning(features["t5"].to(pooled.dtype), pooled, seen)
     clip = torch.cat([features[role] for role in roles], dim=-1)
     if clip.shape[-1] > context_dim:
         raise UserError(
             f"tokens of {'+'.join(roles)} are {clip.shape[-1]} wide; the model's context_dim {context_dim} is less"
         )
     clip = F.pad(clip, (0, context_dim - clip.shape[-1]))
+    if "t5" not in features and seen is not None:
+        return Conditioning(clip, pooled, seen)
     if "t5" not in features:
         repeats = torch.ones(clip.shape[1] + 1, dtype=torch.int64, device=clip.device)
         repeats[-1] = t5_length
         return Conditioning(F.pad(clip, (0, 0, 0, 1)), pooled, repeats)
-    return Conditioning(torch.cat([clip, features["t5"].to(clip.dtype)], dim=1), pooled)
+    return Conditioning(torch.cat([clip, features["t5"].to(clip.dtype)], dim=1), pooled, seen)
+
+
+def _seen(features: Mapping[str, Tensor], roles: Sequence[str]) -> Tensor:
+    """1 for each caption's own tokens of these encoders, which share them, and 0 for the padding: (B, L), int64."""
+    count = torch.stack([features[role + COUNT] for role in roles]).amax(dim=0)
+    places = torch.arange(features[roles[0]].shape[1], device=count.device)
+    return (places < count[:, None]).long()
+
+
+def zeros_for(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a null of zeros says in place of these features; where tokens are counted, it has one."""
+    return {
+        name: torch.ones_like(value) if name.endswith(COUNT) else torch.zeros_like(value)
+        for name, value in features.items()
+    }
+
+
+def trim(conditioning: Conditioning) -> Conditioning:
+    """The same conditioning without tokens that no image sees, but for some that fill up a multiple of `TRIM_TOKENS`.
+
+    Text has no positions, so which tokens go, and from where, makes no difference to the network.
+    """
+    if conditioning.repeats is None or conditioning.repeats.ndim == 1:
+        return conditioning
+    seen = conditioning.repeats.any(dim=0).long()
+    left = min(-(-int(seen.sum()) // TRIM_TOKENS) * TRIM_TOKENS, len(seen))
+    kept = seen.argsort(descending=True, stable=True)[:left].sort().values
+    return Conditioning(conditioning.context[:, kept], conditioning.pooled, conditioning.repeats[:, kept])
 
 
 def expand(conditioning: Conditioning) -> Conditioning:
     """The same conditioning with each token written out as often as it counts, as stock networks take it.
 
     Args:
-        conditioning: with or without `repeats`.
+        conditioning: with or without `repeats`, the same for all images.
 
     Returns:
         `context` of shape (B, sum of repeats, D), and no `repeats`.

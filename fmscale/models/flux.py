@@ -162,7 +162,8 @@ class Flux(nn.Module):
             t: shape (B,), in [0, 1]: 0 is data, 1 is noise. Kept in float32; the rest is cast to the weights' dtype.
             context: text tokens, shape (B, L, context_dim).
             pooled: pooled text, shape (B, P).
-            repeats: shape (L,): text token i stands for repeats[i] equal ones. None means one each.
+            repeats: shape (L,) or (B, L): text token i stands for repeats[i] equal ones, and is not seen where that is
+                0. None means one each.
             guidance: shape (B,), for a network that is told; None means 1, no guidance, for each.
 
         Returns:

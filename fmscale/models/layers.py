@@ -218,7 +218,7 @@ class JointBlock(nn.Module):
             image: shape (B, N, D).
             text: shape (B, L, D).
             modulation: shape (B, rows, D).
-            bias: of the attention's logits, shape (1, 1, 1, N + L), or None.
+            bias: of the attention's logits, shape (1 or B, 1, 1, N + L), or None.
             rotation: of the image's queries and keys, or None; the text stays at the origin, where nothing turns.
 
         Returns:
@@ -275,18 +275,19 @@ def repetition_bias(repeats: Tensor, image_tokens: int, dtype: torch.dtype) -> T
 
     r equal keys add r·exp(logit) to the softmax's sum, and so does one key with log(r) on its logit. A common constant
     on all keys changes nothing: it makes the largest log(r) exact in `dtype` (bfloat16 would be 1.4 % off for r = 256).
+    A key that stands for none has log(0), minus infinity, and so no weight; the image's keys always have some.
 
     Args:
-        repeats: of each text token, at least 1, shape (L,).
+        repeats: of each text token, shape (L,), or (B, L) where images differ.
         image_tokens: how many keys, of one token each, precede the text.
         dtype: of the queries.
 
     Returns:
-        Shape (1, 1, 1, image_tokens + L).
+        Shape (1 or B, 1, 1, image_tokens + L).
     """
     logs = F.pad(repeats.double(), (image_tokens, 0), value=1.0).log()
     largest = logs.max()
-    return (logs + (largest.to(dtype) - largest)).to(dtype)[None, None, None]
+    return (logs + (largest.to(dtype) - largest)).to(dtype).view(-1, 1, 1, logs.shape[-1])
 
 
 def rotate(heads: Heads, rotation: Rotation) -> Heads:

@@ -127,7 +127,8 @@ class MMDiT(nn.Module):
             t: shape (B,), in [0, 1]: 0 is data, 1 is noise. Kept in float32; the rest is cast to the weights' dtype.
             context: text tokens, shape (B, L, context_dim).
             pooled: pooled text, shape (B, P).
-            repeats: shape (L,): text token i stands for repeats[i] equal ones. None means one each.
+            repeats: shape (L,) or (B, L): text token i stands for repeats[i] equal ones, and is not seen where that is
+                0. None means one each.
 
         Returns:
             noise − data as the network sees it, shape (B, C, H, W), in the weights' dtype.

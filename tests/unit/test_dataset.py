@@ -56,3 +56,41 @@ def test_a_dataset_without_text_is_refused(tmp_path: Path, make_config: Callable
     build_index(tmp_path / "data", None)
     with pytest.raises(UserError, match="holds no text features"):
         open_dataset(make_config(tmp_path / "run", f"data.path={tmp_path / 'data'}"))
+
+
+@pytest.mark.parametrize(
+    ("null", "complaint"),
+    [
+        (
+            "empty",
+            r"null\.safetensors: lacks clip_l_count, .* encode .* again, or set conditioning\.null=zeros",
+        ),
+        ("zeros", r"the json of s00000 in .* has no tokens\.clip_l; .* or set conditioning\.text=padded"),
+    ],
+)
+def test_captions_that_nobody_counted_cannot_be_masked(
+    tmp_path: Path, make_config: Callable[..., TrainConfig], null: str, complaint: str
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        train(make_config(tmp_path / "run", "conditioning.text=masked", f"conditioning.null={null}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_counts_are_no_part_of_the_null_that_may_not_change(
+    tmp_path: Path, make_config: Callable[..., TrainConfig]
+) -> None:
+    with ShardWriter(tmp_path / "data") as writer:
+        tensors = {"latents": torch.zeros(4, 8, 8), "clip_l": torch.ones(6, 16), "clip_l_pooled": torch.ones(32)}
+        writer.write("s", tensors, {"tokens": {"clip_l": 4}})
+    null = {"clip_l": torch.ones(6, 16), "clip_l_pooled": torch.ones(32), "clip_l_count": torch.tensor(2)}
+    save_null(tmp_path / "data", null)
+    build_index(tmp_path / "data", None)
+    padded, masked = (
+        open_dataset(make_config(tmp_path / "run", f"data.path={tmp_path / 'data'}", f"conditioning.text={text}"))
+        for text in ("padded", "masked")
+    )
+    assert padded.null.keys() == {"clip_l", "clip_l_pooled"}
+    assert masked.null["clip_l_count"].item() == 2
+    assert (padded.counted, masked.counted) == ((), ("clip_l",))
+    assert (padded.text_tokens, masked.text_tokens) == (7, 6)  # nothing stands for an absent T5
+    assert padded.null_sha256 == masked.null_sha256

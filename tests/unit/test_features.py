@@ -171,6 +171,8 @@ def test_t5_in_eight_bits_is_read_back_and_its_error_is_told(clip: Path, t5: Pat
     assert told == pytest.approx(lost.square().mean().sqrt().item(), rel=1e-3)
     assert 0.005 < told < 0.04
     assert f"{told:.2%}" in describe(summarize(facts))[-1]
-    assert encoder.null()["t5"].dtype == torch.float32
+    null = encoder.null()
+    assert null["t5"].dtype == torch.float32
+    assert {name: int(null[name]) for name in ("clip_l_count", "t5_count")} == {"clip_l_count": 2, "t5_count": 1}
     with pytest.raises(UserError, match="`t5_fp8` stores what t5 gives; give t5, and not `online`"):
         make_encoder(clip, text={"clip_l": {"path": str(clip)}, "t5_fp8": True})

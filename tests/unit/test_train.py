@@ -51,6 +51,9 @@ def test_a_dropped_encoder_says_what_it_says_of_the_null() -> None:
     assert text["clip_l"][:, 0, 0].tolist() == [7, 1, 1]
     assert text["clip_l_pooled"][:, 0].tolist() == [8, 1, 1]
     assert text["t5"][:, 0, 0].tolist() == [1, 9, 1]
+    counts, counts_of_null = {"t5_count": torch.tensor([4, 5, 6])}, {"t5_count": torch.tensor(1.0)}
+    text = drop_text(tensors | counts, ("clip_l", "t5"), dropped, null | counts_of_null)
+    assert text["t5_count"].tolist() == [4, 1, 6]
 
 
 def damage(dataset: Path, to: Path, share: float) -> Path:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from fmscale.batch import Batch
 from fmscale.data.index import Index
+from fmscale.data.index_build import build_index
 from fmscale.data.loader import build_loader
 from fmscale.data.mixture import Mixture
 from fmscale.data.order import Order, split
+from fmscale.data.shards import ShardWriter
 from fmscale.errors import UserError
 
 
@@ -252,3 +254,27 @@ def test_captions_are_given_where_they_are_asked_for(index: Index, samples, work
     for batch in build_loader(Mixture([index]), make_order(index, 5), cut, captions=True, **options):
         assert batch.captions == tuple(words[key] for key in batch.keys)
     assert all(batch.captions == () for batch in load(index))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_tokens_are_counted_where_that_is_asked_for(tmp_path: Path, samples, workers: int) -> None:
+    with ShardWriter(tmp_path / "counted") as writer:
+        for key, tensors, meta in samples:
+            writer.write(key, tensors, meta | {"tokens": {"clip_l": meta["number"] + 2, "t5": 7}})
+    index = build_index(tmp_path / "counted", None)
+    own = {key: meta["number"] + 2 for key, _, meta in samples} | {"": 0}
+    cut = split(5, 1, 2)  # the last slot of a step is padding
+    options = {"rank": 0, "start_step": 0, "stop_step": 3, "noise": noise, "workers": workers}
+    plain = build_loader(Mixture([index]), make_order(index, 5), cut, **options)
+    counted = build_loader(Mixture([index]), make_order(index, 5), cut, counts=["clip_l"], **options)
+    for one, other in zip(plain, counted, strict=True):
+        assert other.tensors.keys() - one.tensors.keys() == {"clip_l_count"}
+        assert other.tensors["clip_l_count"].tolist() == [own[key] for key in other.keys]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_does_not_count_its_tokens_is_named(index: Index, workers: int) -> None:
+    options = {"rank": 0, "start_step": 0, "stop_step": 1, "noise": noise, "workers": workers}
+    batches = build_loader(Mixture([index]), make_order(index, 4), split(4, 1, 4), counts=["clip_l"], **options)
+    with pytest.raises(UserError, match=r"the json of sample0\d\d has no tokens\.clip_l; make the dataset by"):
+        next(batches)

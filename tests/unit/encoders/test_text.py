@@ -20,7 +20,16 @@ from transformers import (
 
 from fmscale.batch import Conditioning
 from fmscale.encoders.clip import clip_tokenizer, random_clip
-from fmscale.encoders.text import TextEncoders, assemble, expand, load_text_encoder, load_text_encoders
+from fmscale.encoders.text import (
+    TRIM_TOKENS,
+    TextEncoders,
+    assemble,
+    expand,
+    load_text_encoder,
+    load_text_encoders,
+    trim,
+    zeros_for,
+)
 from fmscale.encoders.weights import model_folder
 from fmscale.errors import UserError
 
@@ -279,6 +288,55 @@ def test_assemble_with_t5_and_one_clip():
     assert conditioning.repeats is None
     assert torch.equal(conditioning.context[:, 5:], features["t5"])
     assert torch.equal(conditioning.pooled, features["clip_l_pooled"])
+
+
+def test_counted_features_are_those_that_are_not_padding(encoders, flux):
+    """By the attention mask that transformers' tokenizers make, which no pipeline passes on."""
+    features = encoders.encode(CAPTIONS, counted=True)
+    plain = encoders.encode(CAPTIONS)
+    assert features.keys() - plain.keys() == {"clip_l_count", "clip_g_count", "t5_count"}
+    assert features["clip_l_count"].tolist()[:2] == [5, 2]
+    given = assemble(features, context_dim=CONTEXT_DIM)
+    assert torch.equal(given.context, assemble(plain, context_dim=CONTEXT_DIM).context)
+    masks = [
+        encoders.by_role[role].tokenizer(
+            CAPTIONS, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )["attention_mask"]
+        for role, length in (("clip_l", CLIP_TOKENS), ("t5", T5_TOKENS))
+    ]
+    assert torch.equal(given.repeats, torch.cat(masks, dim=1))
+    counted = flux.encode(CAPTIONS, counted=True)
+    assert counted.keys() == {"t5", "clip_l_pooled", "t5_count"}
+    assert torch.equal(assemble(counted, context_dim=CONTEXT_DIM).repeats, masks[1])
+
+
+def test_the_larger_count_holds_for_both_clips_and_none_for_an_absent_t5():
+    features = clip_features({"clip_l": 3, "clip_g": 4})
+    counts = {"clip_l_count": torch.tensor([2, 4]), "clip_g_count": torch.tensor([3, 9])}
+    given = assemble(features | counts, context_dim=10, t5_length=7)
+    assert given.context.shape == (2, 5, 10)
+    assert given.repeats.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    nothing = assemble(zeros_for(features | counts), context_dim=10)
+    assert not nothing.context.any()
+    assert nothing.repeats.tolist() == [[1, 0, 0, 0, 0]] * 2
+
+
+@pytest.mark.parametrize(("longest", "left"), [(1, 1), (31, 1), (32, 2), (82, 3)])
+def test_trim_leaves_what_anybody_sees_in_few_shapes(longest, left):
+    repeats = torch.zeros(2, 100, dtype=torch.int64)
+    repeats[0, :1], repeats[1, 5 : 5 + longest] = 1, 1
+    whole = Conditioning(torch.randn(2, 100, 4), torch.randn(2, 5), repeats)
+    trimmed = trim(whole)
+    assert trimmed.context.shape == (2, left * TRIM_TOKENS, 4)
+    for row in range(2):
+        assert torch.equal(
+            trimmed.context[row, trimmed.repeats[row].bool()], whole.context[row, whole.repeats[row].bool()]
+        )
+    full = Conditioning(whole.context, whole.pooled, torch.ones_like(repeats))
+    assert torch.equal(trim(full).context, whole.context)
+    for repeated in (None, torch.tensor([1] * 99 + [7])):
+        conditioning = Conditioning(whole.context, whole.pooled, repeated)
+        assert trim(conditioning) is conditioning
 
 
 def test_expand_writes_tokens_out():

@@ -93,6 +93,13 @@ def test_repetition_weighs_right_in_every_dtype(dtype: torch.dtype) -> None:
     torch.testing.assert_close(weights, torch.tensor([1.0, 1, 1, 1, 1, 1, 179]).double(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_stands_for_none_has_no_weight(dtype: torch.dtype) -> None:
+    bias = repetition_bias(torch.tensor([[1, 0, 1], [0, 0, 0]]), image_tokens=2, dtype=dtype)
+    assert bias.shape == (2, 1, 1, 5)
+    assert bias.exp().flatten(1).tolist() == [[1, 1, 1, 0, 1], [1, 1, 0, 0, 0]]
+
+
 @pytest.mark.parametrize("kwargs", [SMALL, MEDIUM], ids=["small", "medium"])
 def test_starts_as_zero_velocity_with_a_gradient(kwargs: dict) -> None:
     model = MMDiT(**kwargs)

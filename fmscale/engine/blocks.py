@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fmscale.errors import UserError
+
+VERSIONS = 4096  # of compiled code: more than a run has
 
 
 def prepare(blocks: Iterable[nn.Module], every: int, parts: Sequence[str], compiled: bool) -> None:
@@ -61,10 +64,20 @@ def parts_of(blocks: Sequence[nn.Module]) -> list[str]:
 
 def _forget(module: nn.Module) -> None:
     # The blocks draw nothing at random, so there is no state of generators to keep.
-    module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+    forward = module.forward
+
+    def forgetful(*inputs: Any) -> Any:  # a frame of ours: torch.compile passes over those of checkpoint itself
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    module.forward = forgetful
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Compile each block with torch.compile: once for each bucket's shape, the same code for all blocks."""
+    """Compile each block with torch.compile: once for each bucket's shape, the same code for all blocks of a kind."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    # Beyond 8 versions of one function torch would leave it uncompiled; kinds of blocks times buckets are more.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = VERSIONS
     for block in blocks:
-        block.compile(dynamic=False)
+        set_z3_leaf_module(block, True)  # ZeRO-3 gathers it as one: its hooks within would cut the code to pieces
+        block.forward = torch.compile(block.forward, dynamic=False)  # without the hooks around it

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import functools
+import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
-from fmscale.building import check_setup
-from fmscale.config import TrainConfig
-from fmscale.engine.blocks import compile_blocks, recompute
+from fmscale.building import build_network, check_setup
+from fmscale.config import FluxConfig, MMDiTConfig, TrainConfig
+from fmscale.engine.blocks import recompute
 from fmscale.engine.metrics import read_metrics
 from fmscale.engine.zero import deepspeed_config
 from fmscale.errors import UserError
@@ -117,15 +121,100 @@ def test_a_run_that_compiles_and_recomputes_is_the_same_run(
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+SIZES: dict[str, Any] = {"heads": 2, "head_dim": 8, "latent_channels": 4, "context_dim": 6, "pooled_dim": 5}
+# Two kinds of blocks in each: with dual attention and the last one, of two streams and of one.
+SMALL = {
+    "mmdit": MMDiTConfig(**SIZES, layers=2, pos_embed_max_size=16, dual_attention_layers=(0,)),
+    "flux": FluxConfig(**SIZES, family="flux", layers=1, single_layers=1, rope_dims=(2, 2, 4)),
+}
+KINDS = 2
+
+
+def network_of(config: TrainConfig) -> nn.Module:
+    """As a run builds it, with open gates."""
+    network = build_network(config)
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def one_step(network: nn.Module, size: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """The velocity at latents of this size, and every gradient of a loss."""
+    generator = torch.Generator().manual_seed(size[0])
+    shapes = ((3, 4, *size), (3,), (3, 5, 6), (3, 5))
+    network.zero_grad()
+    velocity = network(*(torch.rand(shape, generator=generator) for shape in shapes))
+    velocity.square().sum().backward()
+    return {"velocity": velocity.detach()} | {name: weight.grad for name, weight in network.named_parameters()}
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile traces as ever, and runs what it traced without writing code for it."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def steps_without_compiling(network: nn.Module, sizes: list[tuple[int, int]]) -> None:
+    """Further steps of known buckets in another order; raises where one would be compiled again."""
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in random.Random(0).sample(sizes, len(sizes)):
+            one_step(network, size)
+
+
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_gradient() -> None:
-    inputs = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
-    (plain, _), (compiled, _) = stack(0), stack(0)
-    compile_blocks(list(compiled))
-    for model in (plain, compiled):
-        model(inputs).square().sum().backward()
-    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
-        assert torch.allclose(one.grad, other.grad, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("family", SMALL)
+def test_compiled_equals_eager_and_each_bucket_compiles_once(family: str, tmp_path: Path, make_config: Make) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = (
+        network_of(make_config(tmp_path, f"engine.compile={how}").model_copy(update={"model": SMALL[family]}))
+        for how in ("false", "true")
+    )
+    sizes = [(4, 6), (8, 4)]
+    for size in sizes:
+        ours, expected = one_step(compiled, size), one_step(plain, size)
+        largest = max(tensor.norm().item() for tensor in expected.values())
+        for name, tensor in expected.items():  # some are 0 but for rounding
+            assert (ours[name] - tensor).norm().item() <= 1e-5 * max(tensor.norm().item(), 1e-3 * largest), name
+    steps_without_compiling(compiled, 3 * sizes)
+    assert counters["stats"]["unique_graphs"] == KINDS * len(sizes)
+
+
+@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.parametrize(("family", "every"), [("mmdit", 0), ("flux", 1)])
+def test_a_run_of_many_buckets_compiles_every_block_for_each(
+    family: str, every: int, tmp_path: Path, make_config: Make
+) -> None:
+    """torch would stop at 8 versions of a function, and with checkpoint's own frames it would not begin."""
+    settings = ("engine.compile=true", f"engine.recompute_every={every}")
+    deeper = SMALL[family].model_copy(update={"layers": 4})
+    network = network_of(make_config(tmp_path, *settings).model_copy(update={"model": deeper}))
+    kinds = 3 if family == "mmdit" else 2
+    sizes = [(4, 2 * columns) for columns in range(1, 13)]
+    for size in sizes:
+        one_step(network, size)
+    steps_without_compiling(network, sizes)
+    assert counters["stats"]["unique_graphs"] == kinds * len(sizes)
+    assert counters["frames"] == {"total": kinds * len(sizes), "ok": kinds * len(sizes)}
+    assert not counters["graph_break"]
+
+
+@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.parametrize("how", ["recompute_every=0", "recompute_every=1", "recompute=[mlp]"])
+def test_blocks_are_compiled_whole_under_stage_3(how: str, tmp_path: Path, make_config: Make) -> None:
+    losses = []
+    for compiled in ("false", "true"):
+        settings = (f"engine.compile={compiled}", f"engine.{how}", "engine.zero_stage=3", "steps=4")
+        config = make_config(tmp_path / compiled, *settings)
+        train(config)
+        losses.append([record["loss"] for record in read_metrics(config.run_dir / "metrics.jsonl")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert counters["stats"]["unique_graphs"] == counters["frames"]["total"] == counters["frames"]["ok"]
+    assert not counters["graph_break"]
 
 
 def test_raw_deepspeed_settings_are_laid_over_ours() -> None:

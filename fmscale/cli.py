@@ -328,7 +328,18 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=positive, metavar="PX")
     parser.add_argument("--solver-steps", type=positive, default=28, metavar="N", help="(%(default)s)")
     parser.add_argument("--solver", choices=("euler", "heun"), default="euler", help="(%(default)s)")
-    parser.add_argument("--guidance-scale", type=finite, default=5.0, help="1 is no guidance (%(default)s)")
+    parser.add_argument(
+        "--guidance-scale",
+        type=finite,
+        default=5.0,
+        help="1 is no guidance; a FLUX with guidance_embed is told it, and fmscale's training tells 1 (%(default)s)",
+    )
+    parser.add_argument(
+        "--true-cfg-scale",
+        type=finite,
+        default=1.0,
+        help="for such a FLUX: guidance by a second run of the network, away from --negative-prompt (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     _weights_arguments(parser)
 

@@ -277,6 +277,7 @@ class ReflowConfig(Section):
     solver: Literal["euler", "heun"] = "euler"
     solver_steps: Positive = 50
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    """Of classifier-free guidance, 1 is none; a teacher with `guidance_embed` is told it instead."""
     batch: Positive = 16
     dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
     """Storage of the generated latents."""

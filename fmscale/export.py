@@ -65,6 +65,11 @@ def export(
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
+    if (family := run.config.model.family) != "mmdit":
+        raise UserError(
+            f"{run.path}: its model.family is {family}, and export writes pipelines of Stable Diffusion 3 alone; "
+            "`fmscale sample` draws from the run itself"
+        )
     with new_folder(out) as folder:
         frozen_vae, text = load_frozen(run, vae, text_encoders or {}, torch.device("cpu"))
         encoders = text.by_role

@@ -25,7 +25,7 @@ from fmscale.engine.optim import ema_names
 from fmscale.errors import UserError
 from fmscale.flow.noise import draw_noise
 from fmscale.flow.solver import time_grid
-from fmscale.pictures import contact_sheet, sample_latents, to_pixels
+from fmscale.pictures import NO_GUIDANCE, Guidance, contact_sheet, sample_latents, to_pixels
 
 if TYPE_CHECKING:
     from fmscale.train import Job
@@ -97,7 +97,7 @@ class Gallery:
                 time_grid(SOLVER_STEPS, config.flow.shift),
                 self._assemble(text),
                 self._assemble(nothing),
-                GUIDANCE_SCALE if config.conditioning.dropout else 1.0,  # what was never trained cannot guide
+                Guidance(GUIDANCE_SCALE) if config.conditioning.dropout else NO_GUIDANCE,  # untrained, it cannot guide
             )
 
     def _assemble(self, text: Mapping[str, Tensor]) -> Conditioning:

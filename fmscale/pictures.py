@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +17,40 @@ from fmscale.flow.solver import SOLVERS, Velocity, guide
 CAPTION_PX = 12
 
 
-def velocity_of(model: Callable[..., Tensor], conditioning: Conditioning) -> Velocity:
-    """The network's velocity for fixed text, in float32, without gradients."""
+class Guidance(NamedTuple):
+    """How strongly images are led towards their text.
+
+    Attributes:
+        scale: of classifier-free guidance, which runs the network a second time; 1 is none.
+        told: what a network with `guidance_embed` is told; None tells it nothing, which it takes for 1.
+    """
+
+    scale: float = 1.0
+    told: float | None = None
+
+
+NO_GUIDANCE = Guidance()
+
+
+def guidance_of(scale: float, takes_guidance: bool, true_cfg_scale: float = 1.0) -> Guidance:
+    """Guidance by the names of diffusers' pipelines.
+
+    Args:
+        scale: told to a network that takes it, as by FluxPipeline; of classifier-free guidance for another.
+        takes_guidance: the network has `guidance_embed`.
+        true_cfg_scale: of classifier-free guidance for a network that is told.
+    """
+    return Guidance(true_cfg_scale, scale) if takes_guidance else Guidance(scale)
+
+
+def velocity_of(model: Callable[..., Tensor], conditioning: Conditioning, told: float | None = None) -> Velocity:
+    """The network's velocity for fixed text, in float32, without gradients; `told` as in `Guidance`."""
+    given = (conditioning.context, conditioning.pooled, conditioning.repeats)
 
     @torch.no_grad()
     def velocity(noisy_latents: Tensor, t: Tensor) -> Tensor:
-        return model(noisy_latents, t, conditioning.context, conditioning.pooled, conditioning.repeats).float()
+        more = {} if told is None else {"guidance": torch.full_like(t, told)}
+        return model(noisy_latents, t, *given, **more).float()
 
     return velocity
 
@@ -33,7 +61,7 @@ def sample_latents(
     times: Sequence[float],
     conditioning: Conditioning,
     unconditional: Conditioning | None = None,
-    guidance_scale: float = 1.0,
+    guidance: Guidance = NO_GUIDANCE,
     solver: str = "euler",
 ) -> Tensor:
     """Solve the learned ODE from noise to latents.
@@ -43,8 +71,8 @@ def sample_latents(
         noise: shape (B, C, H, W), float32.
         times: falling from 1 to 0, as `time_grid` gives them, or a scheduler's sigmas.
         conditioning: of the prompts.
-        unconditional: of what guidance leads away from; None means no guidance.
-        guidance_scale: 1 is no guidance.
+        unconditional: of what guidance leads away from; None means no classifier-free guidance.
+        guidance: how strong it is.
         solver: row of `SOLVERS`.
 
     Returns:
@@ -55,9 +83,9 @@ def sample_latents(
     """
     if solver not in SOLVERS:
         raise UserError(f"solver: {solver!r} is none of {', '.join(SOLVERS)}")
-    velocity = velocity_of(model, conditioning)
-    if unconditional is not None and guidance_scale != 1.0:
-        velocity = guide(velocity, velocity_of(model, unconditional), guidance_scale)
+    velocity = velocity_of(model, conditioning, guidance.told)
+    if unconditional is not None and guidance.scale != 1.0:
+        velocity = guide(velocity, velocity_of(model, unconditional, guidance.told), guidance.scale)
     return SOLVERS[solver](velocity, noise, times)
 
 

@@ -28,7 +28,7 @@ from fmscale.flow.coupling import NOISE_KEY
 from fmscale.flow.noise import draw_noise
 from fmscale.flow.solver import time_grid
 from fmscale.log import get_logger, progress
-from fmscale.pictures import sample_latents
+from fmscale.pictures import guidance_of, sample_latents
 from fmscale.runs import Run, open_run
 
 log = get_logger(__name__)
@@ -154,7 +154,7 @@ class Teacher:
             self.times,
             self._assemble(text),
             self._assemble(nothing),
-            self.config.guidance_scale,
+            guidance_of(self.config.guidance_scale, self.run.takes_guidance),
             self.config.solver,
         )
         return latents.to("cpu", STORAGE[self.config.dtype])

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fmscale import __version__, slurm
-from fmscale.config import TrainConfig, check, dump, flatten, load
+from fmscale.config import FluxConfig, TrainConfig, check, dump, flatten, load
 from fmscale.errors import UserError
 from fmscale.files import replace_text
 from fmscale.starts import STARTS
@@ -182,6 +182,11 @@ class Run:
         if not made_by:
             raise UserError(f"{self.path}: its dataset does not say which VAE and text encoders made it")
         return made_by
+
+    @property
+    def takes_guidance(self) -> bool:
+        """The network is told how strong guidance is."""
+        return isinstance(self.config.model, FluxConfig) and self.config.model.guidance_embed
 
     def weight_kind(self, weights: Weights) -> str:
         """Name of weights, as checkpoints have it; `ema` is the first of several averages."""

@@ -34,7 +34,7 @@ from fmscale.errors import UserError
 from fmscale.flow.noise import draw_noise
 from fmscale.flow.solver import time_grid
 from fmscale.log import get_logger
-from fmscale.pictures import contact_sheet, sample_latents, to_pixels
+from fmscale.pictures import contact_sheet, guidance_of, sample_latents, to_pixels
 from fmscale.runs import Run, Weights, open_run
 
 log = get_logger(__name__)
@@ -59,6 +59,7 @@ class Generator:
         shift: of the timesteps it was trained with.
         patch_size: latent pixels on a side of a patch.
         base_size: patches on a side of an image at the base resolution.
+        takes_guidance: the model is told how strong guidance is.
     """
 
     model: nn.Module
@@ -71,6 +72,7 @@ class Generator:
     shift: float
     patch_size: int
     base_size: int
+    takes_guidance: bool
 
     @property
     def device(self) -> torch.device:
@@ -119,6 +121,11 @@ def sample_command(args: argparse.Namespace) -> None:
         vae=args.vae,
         text_encoders=parse_roles(args.text_encoder),
     )
+    if args.true_cfg_scale != 1.0 and not generator.takes_guidance:
+        raise UserError(
+            f"--true-cfg-scale: the network of {source} is not told how strong guidance is; give --guidance-scale alone"
+        )
+    guidance = guidance_of(args.guidance_scale, generator.takes_guidance, args.true_cfg_scale)
     side = generator.base_size * generator.patch_size * generator.vae.factor
     shape = generator.latent_shape(args.height or side, args.width or side)
     times = time_grid(args.solver_steps, generator.shift)
@@ -132,7 +139,7 @@ def sample_command(args: argparse.Namespace) -> None:
             times,
             generator.condition([prompt] * args.images),
             generator.unconditional([args.negative_prompt] * args.images),
-            args.guidance_scale,
+            guidance,
             args.solver,
         )
         images.extend(generator.decode(latents))
@@ -209,6 +216,7 @@ def open_generator(
         shift=run.config.flow.shift,
         patch_size=run.config.model.patch_size,
         base_size=run.config.model.base_size,
+        takes_guidance=run.takes_guidance,
     )
 
 
@@ -262,6 +270,7 @@ def _open_export(folder: Path) -> Generator:
         shift=_read_json(folder / "scheduler" / "scheduler_config.json")["shift"],
         patch_size=kwargs["patch_size"],
         base_size=note["base_size"],
+        takes_guidance=False,
     )
 
 

@@ -25,7 +25,7 @@ from fmscale.encoders.text import expand
 from fmscale.engine.metrics import read_metrics
 from fmscale.errors import UserError
 from fmscale.export import export
-from fmscale.pictures import sample_latents
+from fmscale.pictures import Guidance, sample_latents
 from fmscale.quickstart import write_encoders, write_train_config
 from fmscale.reflow import reflow
 from fmscale.runs import open_run
@@ -86,7 +86,7 @@ def test_the_pipeline_draws_the_same_latents(chain: Path) -> None:
         embeddings = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
         assert torch.allclose(expand(given).context, embeddings[0], atol=1e-5)
         assert torch.allclose(given.pooled, embeddings[2], atol=1e-5)
-        ours = sample_latents(generator.model, noise, visited, given, nothing, 3.0)
+        ours = sample_latents(generator.model, noise, visited, given, nothing, Guidance(3.0))
         assert (ours - theirs).abs().max().item() <= 1e-4
 
 

@@ -1,22 +1,14 @@
 """encoders/text.py against diffusers' prompt encoding of SD3 and FLUX, on tiny encoders with random weights."""
 
-import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
+from tiny_t5 import write_t5
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from fmscale.batch import Conditioning
 from fmscale.encoders.clip import clip_tokenizer, random_clip
@@ -52,35 +44,12 @@ def write_clip(folder: Path, width: int, projection_dim: int, pad_token: str, se
     clip_tokenizer(CLIP_TOKENS, pad_token).save_pretrained(folder.with_name(folder.name + "_tokenizer"))
 
 
-def write_t5(folder: Path) -> None:
-    torch.manual_seed(2)
-    config = T5Config(d_model=CONTEXT_DIM, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=256)
-    T5EncoderModel(config).save_pretrained(folder)
-    pieces = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a handwritten three", "two dogs, one cat! the quick brown fox jumps over it"] * 20),
-        model_writer=pieces,
-        vocab_size=48,
-        **{
-            "pad_id": 0,
-            "eos_id": 1,
-            "unk_id": 2,
-            "bos_id": -1,
-            "num_threads": 1,
-            "hard_vocab_limit": False,
-            "minloglevel": 2,
-        },
-    )
-    (folder / "spiece.model").write_bytes(pieces.getvalue())
-    T5Tokenizer.from_pretrained(folder).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("encoders")
     write_clip(root / "clip_l", 24, 16, "<|endoftext|>", 0)
     write_clip(root / "clip_g", 40, 32, "!", 1)
-    write_t5(root / "t5")
+    write_t5(root / "t5", CONTEXT_DIM)
     return root
 
 

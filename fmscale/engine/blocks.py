@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fmscale.engine.zero import gather_whole
 from fmscale.errors import UserError
 
 VERSIONS = 4096  # of compiled code: more than a run has
@@ -74,10 +75,8 @@ def _forget(module: nn.Module) -> None:
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     """Compile each block with torch.compile: once for each bucket's shape, the same code for all blocks of a kind."""
-    from deepspeed.utils import set_z3_leaf_module
-
     # Beyond 8 versions of one function torch would leave it uncompiled; kinds of blocks times buckets are more.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = VERSIONS
     for block in blocks:
-        set_z3_leaf_module(block, True)  # ZeRO-3 gathers it as one: its hooks within would cut the code to pieces
+        gather_whole(block)  # hooks within it would cut the code to pieces
         block.forward = torch.compile(block.forward, dynamic=False)  # without the hooks around it

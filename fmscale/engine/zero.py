@@ -140,6 +140,13 @@ def _laid_over(config: dict[str, Any], raw: Mapping[str, Any], within: str = "")
     return config
 
 
+def gather_whole(module: nn.Module) -> None:
+    """Let ZeRO-3 gather a module's parameters all at once, before it runs, by no hooks within it."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    set_z3_leaf_module(module, True)
+
+
 def _import_muon() -> None:
     """Import DeepSpeed's Muon, for which it looks in any optimizer, but leave its kernels as they are.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,16 +14,21 @@ from torch import nn
 from fmscale.config import TrainConfig
 from fmscale.data.order import split
 from fmscale.dataset import Dataset, go_on, open_dataset, read_shards
-from fmscale.distributed import World, everywhere
+from fmscale.distributed import World, everywhere, world_from_environment
+from fmscale.encoders.text import assemble
 from fmscale.engine import checkpoint as checkpoints
+from fmscale.engine import fp8
+from fmscale.engine.attention import Shape
 from fmscale.engine.blocks import prepare
 from fmscale.engine.optim import EMA_PREFIX, AdamWEMA, ema_names, parameter_groups
 from fmscale.engine.zero import WEIGHT, Engine, deepspeed_config
 from fmscale.errors import UserError
+from fmscale.features import STORAGE
 from fmscale.gallery import check_gallery
 from fmscale.init_from import open_source
 from fmscale.log import get_logger
 from fmscale.models import initialise_parameter
+from fmscale.models.layers import patch_grid
 from fmscale.runs import DATASET, build_model, check_run_dir, checkpoints_dir
 
 log = get_logger(__name__)
@@ -53,6 +59,8 @@ def check_setup(config: TrainConfig, world_size: int, allowed: Allowed = STRICT)
     """
     dataset = open_dataset(config, allowed.pipe)
     check_gallery(config, dataset)
+    if config.engine.fp8:
+        fp8.check_fp8(config.engine.dtype, world_from_environment().device)
     engine_settings(config, split(config.global_batch, world_size, config.micro_batch).micro_batch)
     with torch.device("meta"):
         shapes = {name: tuple(weight.shape) for name, weight in build_network(config).named_parameters()}
@@ -147,8 +155,27 @@ def build_engine(config: TrainConfig, device: torch.device, micro_batch: int) ->
 def build_network(config: TrainConfig) -> nn.Module:
     """The freshly initialised model, with what the config asks of its blocks."""
     part, model = config.engine, build_model(config)
-    prepare(model.get_submodule("blocks").children(), part.recompute_every, part.recompute, part.compile)
+    blocks = model.get_submodule("blocks")
+    if part.fp8:
+        fp8.convert(blocks)
+    prepare(blocks.children(), part.recompute_every, part.recompute, part.compile)
     return model
+
+
+def attention_shapes(
+    config: TrainConfig, dataset: Dataset, micro_batch: int, device: torch.device
+) -> dict[Hashable, Shape]:
+    """The attention over all tokens of a micro-batch, by bucket: latent (height, width)."""
+    model = config.model
+    null = {name: value[None] for name, value in dataset.null.items()}
+    text = assemble(null, context_dim=model.context_dim, t5_length=dataset.t5_length)
+    biases = 0 if text.repeats is None else 1 if text.repeats.ndim == 1 else micro_batch
+    kind = (model.head_dim, STORAGE[config.engine.dtype], device, biases)
+    shapes: dict[Hashable, Shape] = {}
+    for bucket in dataset.mixture.buckets:
+        tokens = prod(patch_grid(bucket.height, bucket.width, model.patch_size)) + text.context.shape[1]
+        shapes[bucket.height, bucket.width] = Shape(micro_batch, model.heads, tokens, tokens, *kind)
+    return shapes
 
 
 def engine_settings(config: TrainConfig, micro_batch: int) -> dict[str, Any]:

@@ -199,6 +199,13 @@ class EngineConfig(Section):
     """Parts of the other blocks that do the same, by name, for instance [mlp]; a wrong name is told the right ones."""
     compile: bool = False
     """Compile each block with torch.compile; the first step of each bucket takes a minute or more."""
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
+    """torch's attention kernel: `auto` tries at the first start which is fastest for each bucket, and keeps to it
+    in later starts on such a device; `math` takes every shape, and memory for each pair of tokens."""
+    fp8: bool = False
+    """Matrix products of the blocks' linear layers in 8-bit floats, through torchao (`pip install fmscale[fp8]`), on
+    GPUs of compute capability 8.9 or more. The losses are not quite those of bf16. Set `compile` as well: it makes
+    the rounding cheap, and without it ZeRO-3 holds all weights from the forward pass to the backward pass."""
     deepspeed: dict[str, Any] = Field(default={})
     """Raw DeepSpeed settings, laid over those of fmscale, for instance {zero_optimization: {overlap_comm: false}}."""
 

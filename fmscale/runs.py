@@ -4,6 +4,7 @@ RUN/starts.jsonl      who trains here: one object when a start of the run begins
     config.yaml       the merged config, written first
     environment.json  versions, git hash, host and devices of the last start
     dataset.json      digest of every shard, of each generation of the data
+    attention.json    the kernel of each attention, for the device and the torch that it was tried with
     metrics.jsonl     one object per optimizer step
     tensorboard/      the same, as curves
     checkpoints/      step-00001000/ and so on
@@ -49,8 +50,10 @@ FREE_KEYS = {
     "engine.recompute_every",
     "engine.recompute",
     "engine.compile",
+    "engine.attention",
 }
 DATASET = "dataset.json"
+ATTENTION = "attention.json"
 BEFORE_CONFIG = {STARTS, slurm.FOLDER}  # may be there before the config is
 Result = TypeVar("Result")
 Weights = str | float  # of a run: `ema`, `raw`, or the relative width of an average that is made from snapshots
@@ -115,13 +118,17 @@ def check_run_dir(config: TrainConfig, allow_changes: bool) -> None:
         )
 
 
-def start_run_dir(config: TrainConfig, devices: list[str], dataset: Mapping[str, Any]) -> None:
-    """Make the run directory and write what is going to run, on what machine, and on what data."""
+def start_run_dir(
+    config: TrainConfig, devices: list[str], dataset: Mapping[str, Any], attention: Mapping[str, Any] | None = None
+) -> None:
+    """Make the run directory and write what is going to run, where, on what data, and the kernels that were tried."""
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         replace_text(config.run_dir / "config.yaml", dump(config))
         replace_text(config.run_dir / "environment.json", json.dumps(environment(devices), indent=1) + "\n")
         replace_text(config.run_dir / DATASET, json.dumps(dataset) + "\n")
+        if attention is not None:
+            replace_text(config.run_dir / ATTENTION, json.dumps(attention, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run_dir: cannot write to {config.run_dir}: {error.strerror}") from None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -19,7 +19,16 @@ from torch import Tensor
 
 from fmscale import slurm
 from fmscale.batch import Batch, prefetch
-from fmscale.building import STRICT, Allowed, build_engine, check_checkpoint, check_setup, shards_seen, start_from
+from fmscale.building import (
+    STRICT,
+    Allowed,
+    attention_shapes,
+    build_engine,
+    check_checkpoint,
+    check_setup,
+    shards_seen,
+    start_from,
+)
 from fmscale.config import TrainConfig
 from fmscale.control import Delayed, Requests, Wish, forget_files, outlive_signals, release_readers
 from fmscale.data.loader import build_loader
@@ -28,6 +37,7 @@ from fmscale.dataset import Dataset
 from fmscale.distributed import World, barrier, everywhere, same_everywhere, world_from_environment
 from fmscale.draws import Draws, draw_noise, draw_step, draw_view, drop_text
 from fmscale.encoders.text import assemble
+from fmscale.engine import attention
 from fmscale.engine import checkpoint as checkpoints
 from fmscale.engine.metrics import keep_before
 from fmscale.engine.optim import SIGMA_PREFIX, learning_rate
@@ -41,7 +51,7 @@ from fmscale.flow.path import interpolate
 from fmscale.guards import BAD_SAMPLES, LossGuard, Stopwatch, check_damage
 from fmscale.log import get_logger, progress
 from fmscale.reporting import Reporter, announce, device_names, look_at
-from fmscale.runs import checkpoints_dir, snapshots_dir, start_run_dir
+from fmscale.runs import ATTENTION, checkpoints_dir, snapshots_dir, start_run_dir
 from fmscale.starts import Ending, Start, new_start
 from fmscale.tally import BINS, Tally
 from fmscale.watchdog import Limits, Watchdog, cut_off
@@ -64,6 +74,7 @@ class Job(NamedTuple):
         watch: is told where this rank is.
         guard: drops steps whose loss leaps.
         stopwatch: times this rank's own part of each step.
+        kernels: what computes the attention, by bucket.
     """
 
     config: TrainConfig
@@ -76,6 +87,7 @@ class Job(NamedTuple):
     watch: Watchdog
     guard: LossGuard
     stopwatch: Stopwatch
+    kernels: Mapping[Hashable, str]
 
 
 def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
@@ -117,15 +129,17 @@ def run(config: TrainConfig, dataset: Dataset, world: World, portions: Split, be
     engine = build_engine(config, world.device, portions.micro_batch)
     guard = LossGuard(BINS, config.guard.max_loss_ratio, world.device)
     start, dataset = resume(config, dataset, engine, guard, world, allowed)
+    shapes = attention_shapes(config, dataset, portions.micro_batch, world.device)
+    kernels, tried = attention.agree(config.engine.attention, shapes, config.run_dir / ATTENTION, world)
     if world.is_main:
         checkpoints.discard_after(snapshots_dir(config.run_dir), start)  # they are written again
-        start_run_dir(config, device_names(world), shards_seen(config, dataset))
+        start_run_dir(config, device_names(world), shards_seen(config, dataset), tried)
     retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_steps)
     saver = Saver(checkpoints_dir(config.run_dir), world, retention, config.checkpoint.private, begun.name, begun.check)
     limits = Limits(config.guard.silent_s, config.guard.stalled_s, slurm.leave_s(slurm.signal_delay_s()))
     try:
         with Watchdog(world, config.run_dir, limits, lambda: saver.progress, begun) as watch:
-            tools = begun, saver, watch, guard, Stopwatch(world.device)
+            tools = begun, saver, watch, guard, Stopwatch(world.device), kernels
             return loop(Job(config, dataset.to(world.device), engine, world, portions, *tools), start)
     except BaseException as error:
         release_readers()  # else they would hold this process up for a minute
@@ -346,13 +360,14 @@ def train_step(job: Job, batches: Iterator[Batch], step: int, wish: Wish) -> Ste
         batch, seconds = next_batch(job, batches, step)
         waited, keys = waited + seconds, keys + list(batch.keys)
         drawn = draws.of(batch.slots, device)
-        losses = losses_of(job, batch, drawn) * batch.weight
-        tally.add(losses.detach(), drawn.t, batch)
-        loss, last = losses.sum() * scale, micro == job.portions.accumulation - 1
-        if last:
-            ratio, factor = agree(job, tally)
-            loss = loss * factor
-        job.engine.backward(loss, last)
+        with attention.using(job.kernels[batch.bucket]):  # the backward pass too: it may compute blocks again
+            losses = losses_of(job, batch, drawn) * batch.weight
+            tally.add(losses.detach(), drawn.t, batch)
+            loss, last = losses.sum() * scale, micro == job.portions.accumulation - 1
+            if last:
+                ratio, factor = agree(job, tally)
+                loss = loss * factor
+            job.engine.backward(loss, last)
     job.watch.at(step, "updating the weights")
     lr, look = learning_rate_at(config, step), look_at(job, step)
     applied = job.engine.step(lr, look)

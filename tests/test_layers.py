@@ -14,6 +14,7 @@ HEAVY = {
     "webdataset": {"data/*", "quickstart.py"},
     "transformers": {"encoders/*", "export.py"},
     "open_clip": {"encoders/*"},
+    "torchao": {"engine/fp8.py"},
     "diffusers": {"encoders/vae.py", "export.py", "quickstart.py"},
 }
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from fmscale import log
 from fmscale.batch import Batch
-from fmscale.building import build_engine
+from fmscale.building import attention_shapes, build_engine
 from fmscale.config import TrainConfig, check, merge
 from fmscale.control import Wish
 from fmscale.data.index_build import build_index
@@ -44,13 +44,14 @@ from fmscale.distributed import World, world_from_environment
 from fmscale.draws import draw_step, drop_text
 from fmscale.encoders.null import save_null
 from fmscale.encoders.text import assemble
+from fmscale.engine import attention
 from fmscale.engine.optim import AdamWEMA, parameter_groups
 from fmscale.engine.saver import Retention, Saver
 from fmscale.engine.zero import Engine, deepspeed_config, init_process_group
 from fmscale.flow.loss import velocity_mse
 from fmscale.flow.path import interpolate
 from fmscale.guards import LossGuard, Stopwatch
-from fmscale.runs import build_model
+from fmscale.runs import ATTENTION, build_model
 from fmscale.starts import new_start
 from fmscale.tally import BINS
 from fmscale.train import Job, batches_of, train_step
@@ -208,7 +209,10 @@ def make_job(config: TrainConfig, world: World, watch: Watchdog) -> Job:
     guard = LossGuard(BINS, config.guard.max_loss_ratio, world.device)
     dataset = open_dataset(config).to(world.device)
     start = new_start(config.run_dir, world)
-    return Job(config, dataset, engine, world, portions, start, saver, watch, guard, Stopwatch(world.device))
+    shapes = attention_shapes(config, dataset, portions.micro_batch, world.device)
+    kernels, _ = attention.agree(config.engine.attention, shapes, config.run_dir / ATTENTION, world)
+    tools = start, saver, watch, guard, Stopwatch(world.device), kernels
+    return Job(config, dataset, engine, world, portions, *tools)
 
 
 class Timed:

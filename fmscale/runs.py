@@ -51,6 +51,7 @@ FREE_KEYS = {
     "engine.recompute",
     "engine.compile",
     "engine.attention",
+    "model.init_from",
 }
 DATASET = "dataset.json"
 ATTENTION = "attention.json"

@@ -154,6 +154,8 @@ def _check_config(folder: Path, family: str, values: Mapping[str, Any]) -> None:
         theirs = NAMES[family].model_kwargs_from_diffusers(config)
     except KeyError as error:
         raise UserError(f"model.init_from: {folder}: its config.json lacks {error}; download it again") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.init_from: {folder}: its config.json is damaged ({error}); download it again") from None
     wrong = {name: theirs[name] for name in theirs.keys() - NOT_THEIRS if theirs[name] != values[name]}
     if wrong.get("qk_norm") is False:
         del wrong["qk_norm"]  # it is added

@@ -68,6 +68,8 @@ CONFIG_KEYS = {
     "pooled_projection_dim": "pooled_dim",
     "guidance_embeds": "guidance_embed",
 }
+# What diffusers takes where a config.json is older than the key, as those of FLUX.1 are.
+LATER_KEYS: dict[str, Any] = {"axes_dims_rope": (16, 56, 56), "out_channels": None}
 
 
 def diffusers_form(model: Flux) -> dict[str, list[Place]]:
@@ -150,6 +152,7 @@ def model_kwargs_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a value that no Flux has.
     """
+    config = LATER_KEYS | dict(config)
     kwargs = {ours: config[theirs] for theirs, ours in CONFIG_KEYS.items()} | {
         "patch_size": PATCH_SIZE,
         "latent_channels": config["in_channels"] // PATCH_SIZE**2,

@@ -77,6 +77,8 @@ CONFIG_KEYS = {
     "pooled_projection_dim": "pooled_dim",
     "pos_embed_max_size": "pos_embed_max_size",
 }
+# What diffusers takes where a config.json is older than the key, as that of Stable Diffusion 3 medium is.
+LATER_KEYS: dict[str, Any] = {"qk_norm": None, "dual_attention_layers": ()}
 
 
 def diffusers_form(model: MMDiT) -> dict[str, list[Place]]:
@@ -253,6 +255,7 @@ def model_kwargs_from_diffusers(config: Mapping[str, Any], base_size: int = 16) 
     Raises:
         UserError: a value that no MMDiT has.
     """
+    config = LATER_KEYS | dict(config)
     kwargs = {ours: config[theirs] for theirs, ours in CONFIG_KEYS.items()} | {
         "base_size": base_size,
         "qk_norm": config["qk_norm"] is not None,

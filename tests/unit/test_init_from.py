@@ -154,6 +154,15 @@ def test_other_networks_are_named_by_their_settings(tmp_path: Path) -> None:
         open_source(folder, MMDIT)
 
 
+@pytest.mark.parametrize("change", [{"dual_attention_layers": None}, {"num_attention_heads": None}])
+def test_a_config_of_other_types_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = write_folder(tmp_path / "folder", "mmdit")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=r"its config\.json is damaged \(.*\); download it again"):
+        open_source(folder, MMDIT)
+
+
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing: neither a folder nor a file; give a folder of diffusers"):
         open_source(tmp_path / "nothing", MMDIT)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
+from fmscale.config import TrainConfig, load
 from fmscale.errors import UserError
-from fmscale.models import FORMS, build, flux_names, mmdit_names
+from fmscale.models import FORMS, NAMES, build, flux_names, mmdit_names
 from fmscale.models.mmdit import MMDiT
 from fmscale.models.mmdit_names import DIFFUSERS_POSITIONS, from_diffusers, to_diffusers
 from fmscale.models.published import adopt, publish
@@ -126,6 +128,43 @@ def test_config_round_trip() -> None:
     config = flux_names.diffusers_config(FLUX)
     assert config["in_channels"] == 16
     assert flux_names.model_kwargs_from_diffusers(config) == FLUX | {"patch_size": 2}
+
+
+# As the first of each family were published, by versions of diffusers that did not know all of today's keys.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "sd3_medium_256": {
+        "attention_head_dim": 64,
+        "caption_projection_dim": 1536,
+        "in_channels": 16,
+        "joint_attention_dim": 4096,
+        "num_attention_heads": 24,
+        "num_layers": 24,
+        "out_channels": 16,
+        "patch_size": 2,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 192,
+        "sample_size": 128,
+    },
+    "flux_dev_256": {
+        "attention_head_dim": 128,
+        "guidance_embeds": True,
+        "in_channels": 64,
+        "joint_attention_dim": 4096,
+        "num_attention_heads": 24,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "patch_size": 1,
+        "pooled_projection_dim": 768,
+    },
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_a_config_that_is_older_than_some_keys_is_that_of_the_preset(preset: str) -> None:
+    model = load(TrainConfig, Path(__file__).parents[3] / "configs" / f"{preset}.yaml").model
+    found = NAMES[model.family].model_kwargs_from_diffusers(PUBLISHED[preset])
+    ours = model.model_dump()
+    assert found == {name: ours[name] for name in found}
 
 
 def test_a_config_that_no_network_has_is_refused() -> None:

@@ -123,9 +123,10 @@ def open_source(place: Path, values: Mapping[str, Any]) -> Source:
         found = _read_heads(weight_files(folder, "diffusion_pytorch_model"))
     tensors, parts = _choose(found, place, family, model)
     positions = [tensors.pop(name) for name in (DIFFUSERS_POSITIONS, ORIGINAL_POSITIONS) if name in tensors]
-    missing = {part.name: part for name, theirs in parts.items() if name.endswith(QK_NORMS) for part in theirs}
+    norms = {part.name: part for name, theirs in parts.items() if name.endswith(QK_NORMS) for part in theirs}
+    added = norms if values.get("qk_norm") and not norms.keys() & tensors.keys() else {}  # to a network without any
     try:
-        check_state({**missing, **tensors}, {part.name: part.shape for theirs in parts.values() for part in theirs})
+        check_state({**added, **tensors}, {part.name: part.shape for theirs in parts.values() for part in theirs})
         for grid in positions:
             _check_positions(grid, model)
     except UserError as error:

@@ -100,6 +100,15 @@ def test_norms_are_added_to_a_folder_that_has_none(tmp_path: Path) -> None:
     assert len(source.added) == 2 * 2 * 2 + 2
 
 
+@pytest.mark.parametrize(("family", "which"), [("mmdit", "ln_q"), ("flux", "norm.query_norm"), ("flux", "norm.")])
+def test_norms_of_a_network_that_has_some_are_missing(tmp_path: Path, family: str, which: str) -> None:
+    """What lacks a part of them is damaged, and a FLUX has them always."""
+    path = write_file(tmp_path / "x.safetensors", family, "original", torch.float32)
+    save_file({name: value for name, value in load_file(path).items() if which not in name}, path)
+    with pytest.raises(UserError, match=rf"weights do not fit the model: missing: \S*{which}"):
+        open_source(path, VALUES[family])
+
+
 def test_no_more_is_read_than_asked_for(tmp_path: Path) -> None:
     """As the system counts it."""
     source = open_source(write_file(tmp_path / "x.safetensors", "flux", "original", torch.float32), FLUX)

@@ -91,7 +91,7 @@ def _resolve(kind: type[Section], loc: Sequence[int | str]) -> tuple[list[str], 
     keys: list[str] = []
     holder, inside = kind, {"": kind}
     for part in map(str, loc):
-        if part in inside:
+        if part and part in inside:
             inside = {"": inside[part]}  # the tag says which
             continue
         keys.append(part)

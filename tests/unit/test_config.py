@@ -79,6 +79,14 @@ def test_a_key_of_another_part_is_found(path: Path) -> None:
     assert "did you mean engine.dtype?" in refusal(path, "engine.dtpye=bf16")
 
 
+@pytest.mark.parametrize(
+    ("text", "allowed"), [(BASE + "'': 1\n", "run_dir,"), (BASE.replace("x}", "x, '': 1}"), "path, mixture,")]
+)
+def test_an_empty_key_is_refused_as_any_other(path: Path, text: str, allowed: str) -> None:
+    path.write_text(text)
+    assert f": no such key; allowed here: {allowed}" in refusal(path)
+
+
 def test_a_typo_in_a_file_names_the_file(path: Path) -> None:
     path.write_text(BASE + "enigne: {}\n")
     assert refusal(path).startswith(f"{path}: enigne: no such key; did you mean engine?")

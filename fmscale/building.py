@@ -110,10 +110,9 @@ def start_from(place: Path, config: TrainConfig, engine: Engine, world: World) -
     """Begin with published weights, which the averages begin with too; each rank reads what it owns, and no more.
 
     Raises:
-        UserError: they are gone, or do not fit.
-        SharedError: a rank could not read its part.
+        SharedError: on every rank, if one could not read its part, or they are gone, or do not fit any more.
     """
-    source = open_source(place, config.model.model_dump())
+    source = everywhere(lambda: open_source(place, config.model.model_dump()), world.device)
 
     def fill() -> None:
         for piece in engine.pieces():

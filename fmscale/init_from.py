@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from math import prod
+from math import isqrt, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from fmscale.engine.fragments import raw
 from fmscale.errors import UserError
 from fmscale.models import FORMS, NAMES, blueprint
 from fmscale.models.mmdit_names import DIFFUSERS_POSITIONS, ORIGINAL_POSITIONS, check_axes
-from fmscale.models.published import Part, check_state, layout
+from fmscale.models.published import Part, check_state, layout, some
 
 PREFIXES = ("", "model.diffusion_model.")  # of single files, the second where text encoders or a VAE are in them too
 CLASSES = {"mmdit": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
@@ -127,6 +127,8 @@ def open_source(place: Path, values: Mapping[str, Any]) -> Source:
     added = norms if values.get("qk_norm") and not norms.keys() & tensors.keys() else {}  # to a network without any
     try:
         check_state({**added, **tensors}, {part.name: part.shape for theirs in parts.values() for part in theirs})
+        if whole := {name for name, stored in tensors.items() if not stored.dtype.is_floating_point}:
+            raise UserError(f"weights are stored as integers, which say nothing without their scales: {some(whole)}")
         for grid in positions:
             _check_positions(grid, model)
     except UserError as error:
@@ -167,7 +169,7 @@ def _check_config(folder: Path, family: str, values: Mapping[str, Any]) -> None:
 
 def _read_heads(files: tuple[Path, ...]) -> dict[str, Stored]:
     """All tensors of some files."""
-    found = {}
+    found: dict[str, Stored] = {}
     for path in files:
         try:
             size = path.stat().st_size
@@ -183,6 +185,8 @@ def _read_heads(files: tuple[Path, ...]) -> dict[str, Stored]:
                 "write what you trust with safetensors.torch.save_file"
             ) from error
         for name, entry in entries.items():
+            if name in found:
+                raise UserError(f"model.init_from: {path} and {found[name].file} both hold {name}; download them again")
             found[name] = Stored(path, DTYPES[entry.dtype], entry.shape, 8 + length + entry.start)
     return found
 
@@ -208,10 +212,10 @@ def _check_positions(grid: Stored, model: Any) -> None:
     """Refuse other positions than the model's, by the first row and the first column of their grid."""
     side, width = model.pos_embed_max_size, model.width
     if prod(grid.shape) != side**2 * width:
-        patches = prod(grid.shape) / width
-        raise UserError(
-            f"its position grid has {patches**0.5:g} patches on a side; set model.pos_embed_max_size to that"
-        )
+        patches = isqrt(prod(grid.shape) // width)
+        if not patches or prod(grid.shape) != patches**2 * width:
+            raise UserError(f"its position grid has the shape {grid.shape}, which is no square of {width} channels")
+        raise UserError(f"its position grid has {patches} patches on a side; set model.pos_embed_max_size to that")
     row = grid.values(0, side * width).unflatten(0, (side, width))
     column = torch.stack([grid.values(p * side * width, p * side * width + width) for p in range(side)])
     check_axes(row, column, model)

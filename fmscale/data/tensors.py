@@ -75,7 +75,7 @@ def parse_head(head: bytes | memoryview, stored_bytes: int) -> dict[str, Entry]:
             name: Entry(str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
             for name, entry in sorted(table.items())
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DamageError("is no safetensors file") from error
     at = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):

@@ -132,6 +132,14 @@ Change = Callable[[dict[str, Tensor]], Any]
         (lambda state: state.update(lora=torch.ones(1)), r"unexpected: lora \(1 in all\)"),
         (lambda state: state.update({"proj_out.bias": torch.ones(3)}), r"of another shape: proj_out\.bias"),
         (
+            lambda state: state.update({DIFFUSERS_POSITIONS: torch.zeros(())}),
+            r"grid has the shape \(\), which is no square of 16 channels",
+        ),
+        (
+            lambda state: state.update({"proj_out.bias": torch.ones(16, dtype=torch.int8)}),
+            r"stored as integers, which say nothing without their scales: proj_out\.bias \(1 in all\)",
+        ),
+        (
             lambda state: state.update({DIFFUSERS_POSITIONS: torch.zeros(1, 25, 16)}),
             r"grid has 5 patches on a side; set model\.pos_embed_max_size to that",
         ),
@@ -148,6 +156,15 @@ def test_other_weights_are_refused(tmp_path: Path, change: Change, message: str)
     save_file(state, path)
     with pytest.raises(UserError, match=rf"^model\.init_from: \S+x\.safetensors: .*{message}"):
         open_source(path, MMDIT)
+
+
+def test_a_tensor_that_two_files_of_a_folder_hold_is_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", "flux")
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    name, value = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: value + 1}, second)
+    with pytest.raises(UserError, match=rf"{second.name} and \S+{first.name} both hold {name}; download them again"):
+        open_source(folder, FLUX)
 
 
 def test_other_networks_are_named_by_their_settings(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from fmscale.data.index import Index, verify
 from fmscale.data.index_build import build_index, repair_index
 from fmscale.errors import UserError
 
+HEAD = b'{"x": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 0]}}'
+ENDLESS = len(HEAD).to_bytes(8, "little") + HEAD
 WriteTar = Callable[[Path, list[tuple[str, bytes]]], None]
 
 
@@ -93,6 +95,7 @@ def test_an_index_travels_as_its_path(index: Index) -> None:
         ([("a.safetensors", b"short")], "'a.safetensors' is no safetensors file"),
         ([("a.safetensors", (9).to_bytes(8, "little") + b"not json!")], "'a.safetensors' is no safetensors file"),
         ([("a.safetensors", (2).to_bytes(8, "little") + b"[]")], "'a.safetensors' is no safetensors file"),
+        ([("a.safetensors", ENDLESS)], "'a.safetensors' is no safetensors file"),
         ([("a.safetensors", tensors()[:-1])], "'a.safetensors' holds other data than its head says"),
         ([("a.safetensors", safetensors.torch.save({}))], "no tensor 'latents' of shape"),
         ([("a.safetensors", tensors(latents=torch.zeros(4, 8)))], "no tensor 'latents' of shape"),

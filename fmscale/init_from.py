@@ -27,7 +27,7 @@ from fmscale.models.published import Part, check_state, layout, some
 PREFIXES = ("", "model.diffusion_model.")  # of single files, the second where text encoders or a VAE are in them too
 CLASSES = {"mmdit": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
 QK_NORMS = (".norm_q.weight", ".norm_k.weight")
-NOT_THEIRS = {"base_size", "position_origin", "position_step", "init_from", "family"}  # is not in a config.json
+NOT_THEIRS = {"base_size"}  # is not in a config.json
 
 
 class Stored(NamedTuple):
@@ -115,12 +115,15 @@ def open_source(place: Path, values: Mapping[str, Any]) -> Source:
     """
     family = values["family"]
     model = blueprint(family, values)
-    if place.is_file():
-        found = _read_heads((place,))
-    else:
-        folder = _transformer(place)
-        _check_config(folder, family, values)
-        found = _read_heads(weight_files(folder, "diffusion_pytorch_model"))
+    try:
+        if place.is_file():
+            found = _read_heads((place,))
+        else:
+            folder = _transformer(place)
+            _check_config(folder, family, values)
+            found = _read_heads(weight_files(folder, "diffusion_pytorch_model"))
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise UserError(f"model.init_from: {place}: cannot be read: {error.strerror}") from error
     tensors, parts = _choose(found, place, family, model)
     positions = [tensors.pop(name) for name in (DIFFUSERS_POSITIONS, ORIGINAL_POSITIONS) if name in tensors]
     norms = {part.name: part for name, theirs in parts.items() if name.endswith(QK_NORMS) for part in theirs}

@@ -192,6 +192,8 @@ def test_a_config_of_other_types_is_refused(tmp_path: Path, change: dict[str, An
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing: neither a folder nor a file; give a folder of diffusers"):
         open_source(tmp_path / "nothing", MMDIT)
+    with pytest.raises(UserError, match=r"^model\.init_from: x+: cannot be read: File name too long$"):
+        open_source(Path("x" * 300), MMDIT)
     with pytest.raises(UserError, match=r"no model folder, for it holds no config\.json"):
         open_source(tmp_path, MMDIT)
     torch.save({"weight": torch.ones(2)}, pickled := tmp_path / "model.ckpt")

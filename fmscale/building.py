@@ -14,7 +14,7 @@ from torch import nn
 from fmscale.config import TrainConfig
 from fmscale.data.order import split
 from fmscale.dataset import Dataset, go_on, open_dataset, read_shards
-from fmscale.distributed import World, everywhere, world_from_environment
+from fmscale.distributed import World, everywhere, same_everywhere, world_from_environment
 from fmscale.encoders.text import assemble
 from fmscale.engine import checkpoint as checkpoints
 from fmscale.engine import fp8
@@ -22,7 +22,7 @@ from fmscale.engine.attention import Shape
 from fmscale.engine.blocks import prepare
 from fmscale.engine.optim import EMA_PREFIX, AdamWEMA, ema_names, parameter_groups
 from fmscale.engine.zero import WEIGHT, Engine, deepspeed_config
-from fmscale.errors import UserError
+from fmscale.errors import SharedError, UserError
 from fmscale.features import STORAGE
 from fmscale.gallery import check_gallery
 from fmscale.init_from import open_source
@@ -113,6 +113,8 @@ def start_from(place: Path, config: TrainConfig, engine: Engine, world: World) -
         SharedError: on every rank, if one could not read its part, or they are gone, or do not fit any more.
     """
     source = everywhere(lambda: open_source(place, config.model.model_dump()), world.device)
+    if not same_everywhere(source.digest, world.device):
+        raise SharedError(f"model.init_from: the ranks found different weights in {place}; put the same there for all")
 
     def fill() -> None:
         for piece in engine.pieces():

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from math import isqrt, prod
@@ -26,6 +27,7 @@ from fmscale.models.published import Part, check_state, layout, some
 
 PREFIXES = ("", "model.diffusion_model.")  # of single files, the second where text encoders or a VAE are in them too
 CLASSES = {"mmdit": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
+SMALL, LOOKED_AT = 1 << 16, 16  # values of tensors that are compared between ranks, and how many tensors
 QK_NORMS = (".norm_q.weight", ".norm_k.weight")
 NOT_THEIRS = {"base_size"}  # is not in a config.json
 
@@ -79,6 +81,15 @@ class Source:
     def __init__(self, tensors: Mapping[str, Stored], parts: Mapping[str, list[Part]]) -> None:
         self._tensors, self._parts = tensors, parts
         self.added = [name for name, theirs in parts.items() if theirs[0].name not in tensors]
+
+    @property
+    def digest(self) -> str:
+        """Of all names and shapes and of some small tensors: by it ranks tell whether they found the same weights."""
+        known = hashlib.sha256(repr(sorted((name, each[1:3]) for name, each in self._tensors.items())).encode())
+        small = sorted(name for name, each in self._tensors.items() if prod(each.shape) <= SMALL)
+        for name in small[:LOOKED_AT]:
+            known.update(raw(self._tensors[name].values(0, prod(self._tensors[name].shape))))
+        return known.hexdigest()
 
     def read(self, name: str, start: int, length: int) -> Tensor:
         """Values start … start + length of a flattened parameter of ours, float32.

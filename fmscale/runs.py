@@ -51,7 +51,6 @@ FREE_KEYS = {
     "engine.recompute",
     "engine.compile",
     "engine.attention",
-    "model.init_from",
 }
 DATASET = "dataset.json"
 ATTENTION = "attention.json"

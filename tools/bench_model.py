@@ -21,6 +21,7 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
+from fmscale.engine.blocks import compile_blocks
 from fmscale.models import NAMES, build
 from fmscale.models.flops import FLOPS, peak_flops
 
@@ -41,12 +42,13 @@ def main() -> None:
     rows = {"eager": in_turns(sides, args.repeats, device)}
     if args.compile:
         for model in (ours, theirs):
-            compile_blocks(model)
+            compile_blocks(blocks_of(model))
         rows["compiled"] = in_turns(sides, args.repeats, device)
     flops = args.images * FLOPS[args.family](values, args.latent_px, args.latent_px, args.text_tokens).train_step
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     peak = peak_flops(name, "bf16" if dtype == torch.bfloat16 else "fp32")
-    result: dict[str, Any] = {"device": name, "torch": torch.__version__, "rows": rows}
+    settings = {key: value for key, value in vars(args).items() if key != "json"}
+    result: dict[str, Any] = {"device": name, "torch": torch.__version__, "settings": settings, "rows": rows}
     count = sum(parameter.numel() for parameter in ours.parameters())
     print(
         f"{args.family}, {count / 1e6:.1f} M parameters, {args.images} images of {args.latent_px} latent pixels, "
@@ -164,11 +166,10 @@ def compare(sides: dict[str, Callable[[], Tensor]], dtype: torch.dtype) -> None:
     print(f"outputs {apart:.1e} of their norm apart\n")
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compile each block, as `engine.compile` does."""
-    for name in ("blocks", "transformer_blocks", "single_transformer_blocks"):
-        for block in getattr(model, name, ()):
-            block.compile(dynamic=False)
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a network, theirs or ours."""
+    names = ("blocks", "transformer_blocks", "single_transformer_blocks")
+    return [block for name in names for block in getattr(model, name, ())]
 
 
 def in_turns(sides: dict[str, Callable[[], Tensor]], repeats: int, device: torch.device) -> dict[str, float]:

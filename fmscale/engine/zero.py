@@ -177,7 +177,8 @@ class _Filling(nn.Module):
         """As of any module; the optimizer, which has the same parameters, sees them filled too."""
         for name, parameter in self._named:
             values = torch.empty(parameter.shape)
-            self._fill(name, values)
+            if torch.distributed.get_rank() == 0:  # whose values DeepSpeed sends to all
+                self._fill(name, values)
             torch.utils.swap_tensors(parameter, nn.Parameter(values.to(self._dtype)))
             yield parameter
 

@@ -109,6 +109,15 @@ def test_norms_of_a_network_that_has_some_are_missing(tmp_path: Path, family: st
         open_source(path, VALUES[family])
 
 
+def test_other_values_of_the_same_shapes_are_told_apart(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "x.safetensors", "flux", "original", torch.float32)
+    digest = open_source(path, FLUX).digest
+    assert open_source(path, FLUX).digest == digest
+    state = load_file(path)
+    save_file({name: value * 1.001 for name, value in state.items()}, path)
+    assert open_source(path, FLUX).digest != digest
+
+
 def test_no_more_is_read_than_asked_for(tmp_path: Path) -> None:
     """As the system counts it."""
     source = open_source(write_file(tmp_path / "x.safetensors", "flux", "original", torch.float32), FLUX)

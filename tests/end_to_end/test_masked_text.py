@@ -21,7 +21,7 @@ from fmscale.encode import encode
 from fmscale.encoders.text import TRIM_TOKENS
 from fmscale.engine.metrics import read_metrics
 from fmscale.export import export
-from fmscale.pictures import sample_latents
+from fmscale.pictures import Guidance, sample_latents
 from fmscale.quickstart import write_encoders, write_train_config
 from fmscale.reflow import reflow
 from fmscale.runs import open_run
@@ -115,7 +115,7 @@ def test_the_model_card_s_lines_draw_the_same_latents(folder: Path, tmp_path: Pa
         given = generator.condition(["a handwritten two", "a handwritten two above a handwritten three"])
         assert given.context.shape[1] % TRIM_TOKENS == 0 or data == "clips"
         nothing = generator.unconditional(["", ""])
-        ours = sample_latents(generator.model, noise.expand(2, -1, -1, -1), times, given, nothing, 4.0)[0]
+        ours = sample_latents(generator.model, noise.expand(2, -1, -1, -1), times, given, nothing, Guidance(4.0))[0]
         assert (ours - known["image"]).abs().max().item() <= 1e-4
     pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "export")
     pipe.set_progress_bar_config(disable=True)

@@ -108,7 +108,7 @@ def test_a_run_that_recomputes_is_the_same_run(tmp_path: Path, make_config: Make
     assert losses[0] == losses[1] == losses[2]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize(("stage", "how"), [(1, "recompute=[mlp]"), (3, "recompute_every=1")])
 def test_a_run_that_compiles_and_recomputes_is_the_same_run(
     tmp_path: Path, make_config: Make, stage: int, how: str
@@ -127,7 +127,6 @@ SMALL = {
     "mmdit": MMDiTConfig(**SIZES, layers=2, pos_embed_max_size=16, dual_attention_layers=(0,)),
     "flux": FluxConfig(**SIZES, family="flux", layers=1, single_layers=1, rope_dims=(2, 2, 4)),
 }
-KINDS = 2
 
 
 def network_of(config: TrainConfig) -> nn.Module:
@@ -169,8 +168,11 @@ def steps_without_compiling(network: nn.Module, sizes: list[tuple[int, int]]) ->
 def test_compiled_equals_eager_and_each_bucket_compiles_once(family: str, tmp_path: Path, make_config: Make) -> None:
     torch._dynamo.reset()
     counters.clear()
+    # The first block of that MMDiT is also its last; blocks whose text goes on are in the FLUX.
+    model = SMALL[family].model_copy(update={"layers": 1})
+    kinds = 1 if family == "mmdit" else 2
     plain, compiled = (
-        network_of(make_config(tmp_path, f"engine.compile={how}").model_copy(update={"model": SMALL[family]}))
+        network_of(make_config(tmp_path, f"engine.compile={how}").model_copy(update={"model": model}))
         for how in ("false", "true")
     )
     sizes = [(4, 6), (8, 4)]
@@ -180,7 +182,7 @@ def test_compiled_equals_eager_and_each_bucket_compiles_once(family: str, tmp_pa
         for name, tensor in expected.items():  # some are 0 but for rounding
             assert (ours[name] - tensor).norm().item() <= 1e-5 * max(tensor.norm().item(), 1e-3 * largest), name
     steps_without_compiling(compiled, 3 * sizes)
-    assert counters["stats"]["unique_graphs"] == KINDS * len(sizes)
+    assert counters["stats"]["unique_graphs"] == kinds * len(sizes)
 
 
 @pytest.mark.usefixtures("quick_compiler")

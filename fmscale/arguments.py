@@ -1,9 +1,10 @@
-"""Numbers on a command line."""
+"""Numbers and names on a command line."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 
 
 def positive(text: str) -> int:
@@ -30,3 +31,17 @@ def finite(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a number, given {text}")
     return value
+
+
+def above_zero(text: str) -> float:
+    """A number above 0."""
+    if (value := finite(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, given {text}")
+    return value
+
+
+def licence(text: str) -> str:
+    """The identifier of a licence, as SPDX and the Hugging Face hub have them."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", text):
+        raise argparse.ArgumentTypeError(f"must be an identifier such as apache-2.0, given {text!r}")
+    return text

@@ -30,6 +30,25 @@ class Conditioning:
     pooled: Tensor
     repeats: Tensor | None = None
 
+    def of(self, rows: Tensor) -> Conditioning:
+        """That of some of the images."""
+        repeats = self.repeats if self.repeats is None or self.repeats.ndim == 1 else self.repeats[rows]
+        return Conditioning(self.context[rows], self.pooled[rows], repeats)
+
+    def beside(self, other: Conditioning) -> Conditioning | None:
+        """That of the images of both, one after another; None where their texts are not of one length."""
+        if self.context.shape[1:] != other.context.shape[1:]:
+            return None
+        repeats = self.repeats
+        if repeats is None or other.repeats is None:
+            if repeats is not other.repeats:
+                return None
+        elif repeats.ndim == 2:
+            repeats = torch.cat([repeats, other.repeats])
+        elif not torch.equal(repeats, other.repeats):
+            return None
+        return Conditioning(torch.cat([self.context, other.context]), torch.cat([self.pooled, other.pooled]), repeats)
+
 
 @dataclass(frozen=True)
 class BadSample:

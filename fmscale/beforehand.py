@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from fmscale.config import EncodeConfig, TrainConfig
+from fmscale.config import EncodeConfig, ReflowConfig, TrainConfig
 from fmscale.data.order import split
 from fmscale.data.transport import PIPE, connect, is_remote
 from fmscale.encoders.weights import HUB_NAME
 from fmscale.errors import UserError
 from fmscale.log import get_logger
+from fmscale.phases import phases_of
 from fmscale.runs import check_run_dir, checkpoints_dir, snapshots_dir
 from fmscale.site import Site, worlds
 from fmscale.size import checkpoint_bytes, snapshot_bytes
@@ -34,14 +35,11 @@ def check_train(config: TrainConfig, site: Site, flags: Collection[str] = ()) ->
     check_time(site)
     check_name("run_dir", config.run_dir)
     check_run_dir(config, "--allow-config-change" in flags)
-    for world_size in worlds(site):
-        split(config.global_batch, world_size, config.micro_batch)
-    places = [config.data.path] if config.data.path else [part.path for part in config.data.mixture]
-    for place in places:
-        if not is_remote(place):
-            _look_at_dataset(Path(place))
-        else:
-            _look_at_url(place, config.data.remote.timeout_s, "--allow-pipe" in flags)
+    for phase in phases_of(config):
+        for world_size in worlds(site):
+            split(phase.config.global_batch, world_size, phase.config.micro_batch)
+    for place, timeout_s in _places(config).items():
+        _look_at_place(place, timeout_s, flags)
     if not _count(checkpoints_dir(config.run_dir)):
         _look_at_weights(config.model.init_from)
     size = checkpoint_bytes(config)
@@ -66,6 +64,27 @@ def check_encode(config: EncodeConfig, site: Site) -> None:
         raise UserError(f"images: {config.images} does not exist")
 
 
+def check_reflow(config: ReflowConfig, site: Site, flags: Collection[str]) -> None:
+    """Refuse to generate from what is not there.
+
+    Raises:
+        UserError: says which key is wrong.
+    """
+    check_time(site)
+    check_name("out", config.out)
+    if config.rounds is not None:
+        raise UserError(
+            "rounds: train too, on one machine; start `fmscale reflow CONFIG --nproc N` there, or leave it out"
+        )
+    if not _count(checkpoints_dir(config.teacher)):
+        raise UserError(f"teacher: {config.teacher} is no run directory that has saved a checkpoint")
+    if config.prompts is not None and not config.prompts.is_file():
+        raise UserError(f"prompts: {config.prompts} does not exist")
+    if config.data is not None:
+        for place in [config.data.path] if config.data.path else [part.path for part in config.data.mixture]:
+            _look_at_place(place, config.data.remote.timeout_s, flags)
+
+
 def check_name(key: str, folder: Path) -> None:
     """Refuse the name of a folder that a batch script cannot hold: Slurm replaces `%` and backslashes in it."""
     text = str(folder.absolute())
@@ -80,6 +99,24 @@ def check_time(site: Site) -> None:
             f"site.time_min: of {site.time_min} min the last {site.signal_delay_s} s (site.signal_delay_s) are for "
             "saving; give at least twice that"
         )
+
+
+def _places(config: TrainConfig) -> dict[str, float]:
+    """The datasets of all phases, held out or not, and how many seconds a request to each may take."""
+    parts = [phase.config for phase in phases_of(config)]
+    learned = {
+        place: part.data.remote.timeout_s
+        for part in parts
+        for place in ([part.data.path] if part.data.path else [one.path for one in part.data.mixture])
+    }
+    return learned | {part.validation.path: part.data.remote.timeout_s for part in parts if part.validation}
+
+
+def _look_at_place(place: str, timeout_s: float, flags: Collection[str]) -> None:
+    if is_remote(place):
+        _look_at_url(place, timeout_s, "--allow-pipe" in flags)
+    else:
+        _look_at_dataset(Path(place))
 
 
 def _look_at_dataset(path: Path) -> None:

@@ -51,6 +51,7 @@ IMPORTS = (
     "zlib_ng.zlib_ng",
     "PIL.Image",
     "rich",
+    "scipy.optimize",
     "sklearn.svm",
     "sentencepiece",
     "packaging",

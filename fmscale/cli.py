@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from fmscale import __version__
-from fmscale.arguments import finite, positive, width
+from fmscale.arguments import positive
+from fmscale.drawing_arguments import evaluate_arguments, export_arguments, sample_arguments
 from fmscale.errors import OutageError, SharedError, UserError
 
 _PATH_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -162,19 +163,34 @@ def _quickstart(args: argparse.Namespace) -> None:
 
 def _encode_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
+    _workers_argument(parser)
+
+
+def _workers_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc", type=positive, metavar="N", help="start N local workers, one per GPU where there are"
     )
 
 
 def _encode(args: argparse.Namespace) -> int:
+    return _shared(args, "encode")
+
+
+def _shared(
+    args: argparse.Namespace, name: str, instead: Callable[[Any], int | None] = lambda config: None, **options: Any
+) -> int:
+    """Run a program whose work any number of workers share, in this process or in several; or what `instead` does."""
+
     def run(config: object) -> int | None:
+        if (code := instead(config)) is not None:
+            return code
+        program = _program(name)
         if args.nproc and args.nproc > 1:
             # Say what is wrong once, here, and not once per worker.
             _program("distributed").check_can_spawn(args.nproc)
-            _program("encode").check_setup(config)
+            program.check_setup(config, **options)
             return _program("distributed").spawn_workers(_without_nproc(args), args.nproc)
-        _program("encode").encode(config)
+        getattr(program, name)(config, **options)
         return DONE
 
     return _with_config(args, run)
@@ -259,13 +275,14 @@ def _allowed(args: argparse.Namespace) -> list[str]:
 
 
 def _submit_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("program", metavar="COMMAND", choices=("train", "encode"), help="train or encode")
+    shared = ("train", "encode", "reflow")
+    parser.add_argument("program", metavar="COMMAND", choices=shared, help=", ".join(shared))
     parser.add_argument("config", metavar="CONFIG", help="of that command")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="laid over CONFIG; site.key=value over SITE")
     parser.add_argument("--site", required=True, metavar="SITE", help="YAML file that says where")
     parser.add_argument("--dry-run", action="store_true", help="print the batch script and stop")
     parser.add_argument("--follow", action="store_true", help="show the log of rank 0 until the job has ended")
-    parser.add_argument("--workers", type=positive, metavar="N", help="encode: an array of N tasks shares the work")
+    parser.add_argument("--workers", type=positive, metavar="N", help="encode, reflow: an array of N tasks shares it")
     parser.add_argument("--at-once", type=positive, metavar="N", help="most of them that run at the same time (all)")
     _allow_arguments(parser)
 
@@ -316,73 +333,32 @@ def _checkpoints(args: argparse.Namespace) -> int:
     return _program("runs").list_checkpoints(_path(args.run_dir), args.verify)
 
 
-def _sample_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="RUN_OR_EXPORT", help="run directory, or exported pipeline folder")
-    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    parser.add_argument("--negative-prompt", default="", help="what guidance leads away from (the empty caption)")
-    parser.add_argument(
-        "--out", default="samples.png", metavar="FILE", help="PNG, prompts under the images (%(default)s)"
-    )
-    parser.add_argument("--images", type=positive, default=4, metavar="N", help="per prompt (%(default)s)")
-    parser.add_argument("--height", type=positive, metavar="PX", help="(the model's base resolution)")
-    parser.add_argument("--width", type=positive, metavar="PX")
-    parser.add_argument("--solver-steps", type=positive, default=28, metavar="N", help="(%(default)s)")
-    parser.add_argument("--solver", choices=("euler", "heun"), default="euler", help="(%(default)s)")
-    parser.add_argument(
-        "--guidance-scale",
-        type=finite,
-        default=5.0,
-        help="1 is no guidance; a FLUX with guidance_embed is told it, and fmscale's training tells 1 (%(default)s)",
-    )
-    parser.add_argument(
-        "--true-cfg-scale",
-        type=finite,
-        default=1.0,
-        help="for such a FLUX: guidance by a second run of the network, away from --negative-prompt (%(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    _weights_arguments(parser)
-
-
-def _weights_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of a run (the newest)")
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--weights", choices=("ema", "raw"), help="of a run (ema)")
-    weights.add_argument(
-        "--ema-std", type=width, metavar="S", help="average over this relative width, made from a run's snapshots"
-    )
-    parser.add_argument(
-        "--vae", metavar="DIR", help="AutoencoderKL folder, where it is no longer where encode found it"
-    )
-    parser.add_argument(
-        "--text-encoder", action="append", default=[], metavar="ROLE=DIR", help="likewise, for clip_l, clip_g or t5"
-    )
-
-
 def _sample(args: argparse.Namespace) -> None:
     _program("sample").sample_command(args)
-
-
-def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN", help="run directory")
-    parser.add_argument("out", metavar="OUT", help="pipeline folder to make; must not exist")
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the transformer (%(default)s)"
-    )
-    _weights_arguments(parser)
 
 
 def _export(args: argparse.Namespace) -> None:
     _program("export").export_command(args)
 
 
+def _evaluate(args: argparse.Namespace) -> None:
+    _program("evaluate").evaluate_command(args)
+
+
 def _reflow_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
+    _workers_argument(parser)
     _pipe_argument(parser)
 
 
 def _reflow(args: argparse.Namespace) -> int:
-    return _with_config(args, lambda config: _program("reflow").reflow(config, args.allow_pipe))
+    def in_rounds(config: Any) -> int | None:
+        if config.rounds is None:
+            return None
+        _program("rounds").rounds(config, args.nproc or 1, args.allow_pipe)
+        return DONE
+
+    return _shared(args, "reflow", in_rounds, allow_pipe=args.allow_pipe)
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -474,13 +450,19 @@ COMMANDS = {
     "sample": Command(
         "prompts -> images, from a run or an exported folder",
         'fmscale sample quickstart/run --prompt "a handwritten seven" --guidance-scale 4',
-        _sample_arguments,
+        sample_arguments,
         _sample,
     ),
+    "evaluate": Command(
+        "how well trained weights do on a dataset: loss, FID, CLIP score and more, by number of steps",
+        "fmscale evaluate quickstart/run --data quickstart/latents --out evaluation --images 64",
+        evaluate_arguments,
+        _evaluate,
+    ),
     "export": Command(
-        "a run -> a folder that StableDiffusion3Pipeline of diffusers loads",
+        "a run -> a folder of diffusers, or a single file, read back and compared",
         "fmscale export quickstart/run exported --dtype fp32",
-        _export_arguments,
+        export_arguments,
         _export,
     ),
     "reflow": Command(

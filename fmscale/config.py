@@ -7,11 +7,11 @@ Config is data. It has no behaviour, and a key that is not listed here is an err
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, WrapValidator, model_validator
 
 from fmscale.encode_config import EncodeConfig as EncodeConfig
 from fmscale.errors import UserError
@@ -57,7 +57,7 @@ class DataConfig(Section):
     """Processes per rank that read and decode; 0 reads in the training process."""
     text_encoders: dict[Place, Path] = Field(default={})
     """Folders by role, such as `clip_l: DIR`, of frozen text encoders that are no longer where they were; for a dataset
-    that leaves captions to be encoded in training."""
+    that leaves captions to be encoded in training, and for `log.prompts`."""
     vae: Path | None = None
     """Folder of the frozen VAE that is no longer where it was: for a dataset of images that training encodes, and for
     `log.images_every_steps`."""
@@ -84,9 +84,12 @@ class NetworkConfig(Section):
     pooled_dim: Positive = 2048
     base_size: Positive = 16
     """Patches on a side of a square image at the base resolution: what is drawn unless one says otherwise."""
+    leap_embed: bool = False
+    """The network is told how far it is to leap, as the objectives of few steps need it (`flow.objective`)."""
     init_from: Path | None = None
-    """Published weights that a new run starts from: a folder of diffusers (a pipeline's or a transformer's), or its
-    name on the Hugging Face hub, or a single .safetensors file."""
+    """Weights that a new run starts from: a run directory, whose averaged weights are taken; or published ones: a
+    folder of diffusers (a pipeline's or a transformer's), or its name on the Hugging Face hub, or a single
+    .safetensors file."""
 
 
 class MMDiTConfig(NetworkConfig):
@@ -128,15 +131,85 @@ ModelConfig = Annotated[
 ]
 
 
+def _shift(given: Any, read: Callable[[Any], Any]) -> Any:
+    """Say in one sentence what both kinds of value may be."""
+    try:
+        return read(given)
+    except ValidationError:
+        raise ValueError("give a number above 0, or sqrt, or flux") from None
+
+
+Shift = Annotated[Annotated[float, Field(gt=0)] | Literal["sqrt", "flux"], WrapValidator(_shift)]
+
+
 class FlowConfig(Section):
-    timesteps: Literal["uniform", "logit_normal"] = "logit_normal"
-    """Row of `fmscale.flow.timesteps.TIMESTEP_SAMPLERS`."""
+    timesteps: Literal["uniform", "logit_normal", "mode", "cosmap", "beta", "u_shaped", "steps"] = "logit_normal"
+    """Row of `fmscale.flow.timesteps.TIMESTEP_SAMPLERS`; `steps`, on pairs of a teacher, distils it."""
+    distill_steps: Positive = 1
+    """Of `steps`: steps of the Euler sampler whose times alone are learned."""
     logit_mean: float = 0.0
     logit_std: Annotated[float, Field(gt=0)] = 1.0
-    shift: Annotated[float, Field(gt=0)] = 1.0
-    """Resolution shift of t, in training and in the exported scheduler; 3.0 is the paper's at 1024 px."""
+    mode_scale: Annotated[float, Field(ge=-1, le=1.7519)] = 1.29
+    """Of `mode`: above 0 favours the middle of the path, below 0 its ends."""
+    beta_a: Annotated[float, Field(gt=0)] = 1.5
+    """Of `beta`: below 1 favours data, and"""
+    beta_b: Annotated[float, Field(gt=0)] = 1.0
+    """below 1 noise."""
+    u_steepness: Annotated[float, Field(gt=0, le=100)] = 4.0
+    """Of `u_shaped`: the ends count cosh(u_steepness / 2) times as much as the middle."""
+    stratified: bool = False
+    """Each of `global_batch` equal parts of the law gives one t to each step: less noise in the gradient."""
+    shift: Shift = 1.0
+    """Resolution shift of t, in training, in sampling and in the exported scheduler; 3.0 is the paper's at 1024 px.
+    `sqrt`: of each bucket, the root of its pixels over those of `shift_base`; `flux`: FLUX's, by image tokens."""
+    shift_base: Positive = 16
+    """Patches on a side of a square image that `sqrt` leaves without shift; 16 are 256 px."""
+    path: Literal["rectified", "cosine", "variance_preserving", "variance_exploding"] = "rectified"
+    """Row of `fmscale.flow.path.PATHS`: how data turns into noise."""
+    sigma: Annotated[float, Field(ge=0)] = 0.0
+    """Bandwidth: standard deviation of fresh noise around the path, at all t."""
+    prediction: Literal["velocity", "data", "noise"] = "velocity"
+    """What the network says, and the loss compares."""
+    weight: Literal["none", "snr", "min_snr", "data_end", "noise_end", "sigma_sqrt", "cosmap"] = "none"
+    """Row of `fmscale.flow.weights.WEIGHTS`: how much the loss counts at each t."""
+    loss: Literal["squared", "huber"] = "squared"
+    """Row of `fmscale.flow.loss.LOSSES`: how an error counts."""
+    huber_width: Annotated[float, Field(gt=0)] = 0.00054
+    """Of `huber`: errors below count by their squares, those above by themselves."""
+    snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    """Of `min_snr`: the largest ratio of signal to noise that counts."""
     coupling: Literal["independent", "paired"] = "independent"
     """`independent`: fresh noise for each sample and step. `paired`: the noise that a reflow pair was made from."""
+    transport: Literal["none", "exact", "sinkhorn"] = "none"
+    """Which noise of a micro-batch goes with which image: `none` as drawn; `exact`, such that their distances are
+    least; `sinkhorn`, nearly so, for micro-batches of thousands. Losses then depend on world size and micro-batch."""
+    transport_blur: Annotated[float, Field(gt=0)] = 0.05
+    """Of `sinkhorn`: entropy is worth so many mean costs; small is near `exact`, and slow."""
+    objective: Literal["velocity", "mean_flow", "shortcut"] = "velocity"
+    """`velocity`: where the path goes at t. `mean_flow`, `shortcut`: where a whole stretch of it leads, for sampling in
+    one step or few; both need `model.leap_embed`."""
+    leap_share: Fraction = 0.25
+    """Of the images in each step, how many learn to leap; the others learn the velocity."""
+
+    @model_validator(mode="after")
+    def _fit(self) -> FlowConfig:
+        if self.transport != "none" and self.coupling == "paired":
+            raise ValueError("`transport` gives noise to other images, and `coupling: paired` forbids that; drop one")
+        if self.objective != "velocity" and (self.prediction != "velocity" or self.sigma or self.loss != "squared"):
+            raise ValueError(
+                f"objective {self.objective} predicts velocity, by squared error, on a path without sigma; leave "
+                "prediction, loss and sigma out"
+            )
+        if self.objective == "shortcut" and self.leap_share == 1:
+            raise ValueError(
+                "a shortcut is learned from velocities; let `leap_share` be below 1, so that some images tell"
+            )
+        if self.prediction == "noise" and self.path in ("rectified", "cosine"):
+            raise ValueError(
+                f"prediction noise says nothing at t = 1 of the path {self.path}, where sampling begins; choose "
+                "path variance_preserving or variance_exploding, or another prediction"
+            )
+        return self
 
 
 class ConditioningConfig(Section):
@@ -198,7 +271,7 @@ class EngineConfig(Section):
     recompute: tuple[str, ...] = ()
     """Parts of the other blocks that do the same, by name, for instance [mlp]; a wrong name is told the right ones."""
     compile: bool = False
-    """Compile each block with torch.compile; the first step of each bucket takes a minute or more."""
+    """Compile each block with torch.compile before a phase begins; that takes a minute or more for each bucket."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
     """torch's attention kernel: `auto` tries at the first start which is fastest for each bucket, and keeps to it
     in later starts on such a device; `math` takes every shape, and memory for each pair of tokens."""
@@ -233,6 +306,15 @@ class CheckpointConfig(Section):
     """Only you may read the files; false leaves that to your umask."""
 
 
+class ValidationConfig(Section):
+    path: Place
+    """Indexed dataset that is held out, made as the training data was: a folder of latent shards, or its URL."""
+    every_steps: Positive = 1000
+    """Steps between two measurements; the last step is measured too."""
+    images: Positive = 1024
+    """About so many images, or all: of each bucket its share, and at least one."""
+
+
 class LogConfig(Section):
     every_steps: Positive = 10
     """Steps between two writes of metrics; each step has its own line all the same."""
@@ -242,11 +324,15 @@ class LogConfig(Section):
     """Steps between two histograms of weights and clipped gradients in TensorBoard; null is never."""
     images_every_steps: Positive | None = None
     """Steps between two sheets of images in RUN/samples and TensorBoard; null is never."""
+    prompts: tuple[str, ...] = ()
+    """What these images show, by the text encoders that made the dataset; none are captions of its first samples."""
 
     @model_validator(mode="after")
-    def _histograms_have_a_place(self) -> LogConfig:
+    def _are_shown(self) -> LogConfig:
         if self.histogram_every_steps is not None and not self.tensorboard:
             raise ValueError("histogram_every_steps needs tensorboard: true")
+        if self.prompts and self.images_every_steps is None:
+            raise ValueError("`prompts` are drawn every `images_every_steps`; give that too")
         return self
 
 
@@ -270,26 +356,63 @@ class TrainConfig(Section):
     guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    validation: ValidationConfig | None = None
+    """Loss on held-out images, with fixed noise and times, for the raw and the averaged weights; null is none."""
+    phases: tuple[dict[str, Any], ...] = ()
+    """Changes in the course of the run: `[{until_step: 1000}, {data: {path: …}, flow: {shift: 2}}]`. Each phase goes on
+    with what the one before says, but for its own keys; the last ends at `steps`."""
 
 
 class ReflowConfig(Section):
     teacher: Path
-    """Run directory whose EMA weights generate."""
-    data: DataConfig
-    """Indexed dataset that gives the text features and the shapes."""
+    """Run directory whose averaged weights generate."""
+    ema_std: Width | None = None
+    """Relative width of the average to use, made from the run's snapshots; null is the first that it tracked."""
+    data: DataConfig | None = None
+    """Indexed dataset that gives captions, their features and shapes; or"""
+    prompts: Path | None = None
+    """a text file with one caption a line."""
+    sizes_px: tuple[tuple[Positive, Positive], ...] = ()
+    """Of images for `prompts`: [[height, width], …] in turns; empty is the teacher's base resolution."""
     out: Path
     """Dataset of (noise, latent) pairs to write; `train` takes it with flow.coupling=paired."""
-    pairs: Positive
-    """Pairs to generate, spread over the buckets as the dataset is."""
-    solver: Literal["euler", "heun"] = "euler"
+    pairs: Positive | None = None
+    """Pairs to generate, spread over the buckets as the dataset is; null is one for each line of `prompts`."""
+    text: Literal["features", "captions"] = "features"
+    """What a pair holds of its text: `features`, or the caption alone, which `train` then encodes itself."""
+    text_encoders: dict[str, Path] = Field(default={})
+    """Folders by role, such as `clip_l: DIR`, where those of the teacher's dataset have moved."""
+    solver: Literal["auto", "euler", "heun", "midpoint", "rk4", "dpm", "dopri5", "leap"] = "auto"
+    """Row of `fmscale.flow.solver.SOLVERS`, or `leap`; `auto` is euler, or leap for a teacher that has learned it."""
     solver_steps: Positive = 50
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """Of classifier-free guidance, 1 is none; a teacher with `guidance_embed` is told it instead."""
     batch: Positive = 16
     dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
     """Storage of the generated latents."""
-    shard_samples: Positive = 10_000
+    shard_samples: Positive = 1000
+    """Pairs in a unit of work, which a worker claims, and most in a shard."""
+    claim_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    """A worker on another machine that has not been heard of for so long is dead, and others take over its work."""
+    rounds: Positive | None = None
+    """Rounds of pairs and a student that trains on them and is the next teacher, all below `out`; null is one of pairs
+    alone, in `out` itself."""
+    student: dict[str, Any] = Field(default={})
+    """What students train otherwise than the teacher did, such as {steps: 5000, flow: {timesteps: u_shaped}}, with
+    `steps` among it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ReflowConfig:
+        if self.student and self.rounds is None:
+            raise ValueError("`student` trains in `rounds`: give their number too, such as 1")
+        if (self.data is None) == (self.prompts is None):
+            raise ValueError("give either `data` (a dataset with captions) or `prompts` (a text file), not both")
+        if self.data is not None and self.pairs is None:
+            raise ValueError("`pairs`: say how many to generate from `data`")
+        if self.data is not None and self.sizes_px:
+            raise ValueError("`sizes_px` is for `prompts`; of `data` the dataset gives the shapes")
+        return self
 
 
 CONFIGS: dict[str, type[Section]] = {"train": TrainConfig, "encode": EncodeConfig, "reflow": ReflowConfig}

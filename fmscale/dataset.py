@@ -29,6 +29,8 @@ from fmscale.encoders.vae import LATENTS, Vae, reopen_vae
 from fmscale.errors import UserError
 from fmscale.features import STORAGE
 
+MOVED = "data.text_encoders."  # keys by which a user says where they are
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -112,7 +114,7 @@ def open_dataset(config: TrainConfig, allow_pipe: bool = False) -> Dataset:
     mixture = open_mixture(config.data, allow_pipe)
     _check_latents(config, mixture)
     _check_coupling(config, mixture)
-    online = open_online(config.data, mixture)
+    online = open_online(config.data, mixture, bool(config.log.prompts))
     if online is None and not text_shapes(mixture):
         raise UserError(
             f"data.path: {mixture.name} holds no text features ({', '.join(ROLES)}); make it by `fmscale encode`"
@@ -139,20 +141,34 @@ def is_online(mixture: Mixture) -> bool:
     return bool(mixture.made_by.get("text_online"))
 
 
-def open_online(config: DataConfig, mixture: Mixture) -> TextEncoders | None:
+def open_online(config: DataConfig, mixture: Mixture, prompts: bool) -> TextEncoders | None:
     """The encoders of captions that are left for training, on the device that trains; None where features are stored.
+
+    Args:
+        config: says where they are, if they have moved.
+        mixture: names them.
+        prompts: they are asked for by others too.
 
     Raises:
         UserError: they are gone, or are not those that the dataset names.
     """
     if not is_online(mixture):
-        if config.text_encoders:
+        if config.text_encoders and not prompts:
             raise UserError(f"data.text_encoders: {mixture.name} stores text features; leave that key out")
         return None
+    return open_text_encoders(config, mixture)
+
+
+def open_text_encoders(config: DataConfig, mixture: Mixture) -> TextEncoders:
+    """The text encoders of a dataset, on the device that trains; arguments and errors as of `open_online`."""
     device = world_from_environment().device
     dtype = STORAGE[mixture.made_by["dtype"]] if device.type == "cuda" else torch.float32  # CPUs are slow in 16 bits
-    moved = {role: str(folder) for role, folder in config.text_encoders.items()}
-    return reopen_text_encoders(mixture.made_by, moved, "data.text_encoders.", device, dtype)
+    return reopen_text_encoders(mixture.made_by, moved_encoders(config), MOVED, device, dtype)
+
+
+def moved_encoders(config: DataConfig) -> dict[str, str]:
+    """Folders by role of text encoders that are no longer where they were."""
+    return {role: str(folder) for role, folder in config.text_encoders.items()}
 
 
 def open_vae(config: DataConfig, mixture: Mixture) -> Vae | None:

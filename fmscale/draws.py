@@ -17,34 +17,33 @@ from fmscale.flow.coupling import COUPLINGS
 from fmscale.flow.loss import draw_dropped
 from fmscale.flow.noise import draw_noise as noise_of
 from fmscale.flow.noise import keyed_generator
-from fmscale.flow.timesteps import TIMESTEP_SAMPLERS, shift_timesteps
+from fmscale.objective import Times, draw_times, shift_for
 
 
 class Draws(NamedTuple):
     """What is random in a step: for the whole global batch B, or for some of its slots.
 
     Attributes:
-        t: shape (B,).
+        times: where images are on their path, and how far they leap.
         dropped: shape (B, encoders), bool: which text encoder is dropped for which image.
     """
 
-    t: Tensor
+    times: Times
     dropped: Tensor
 
     def of(self, slots: Tensor, device: torch.device) -> Draws:
         """Those of some slots, on a device; a slot behind the last one is padding, for which any draw will do."""
-        places = slots.clamp(max=len(self.t) - 1)
-        return Draws(*(drawn[places].to(device, non_blocking=True) for drawn in self))
+        places = slots % len(self.dropped)
+        t, leap, dropped = (drawn[places].to(device, non_blocking=True) for drawn in (*self.times, self.dropped))
+        return Draws(Times(t, leap), dropped)
 
 
-def draw_step(config: TrainConfig, step: int, encoders: int) -> Draws:
-    """Timesteps and dropped encoders of a global batch: a function of seed and step alone."""
-    flow = config.flow
-    sampler = TIMESTEP_SAMPLERS[flow.timesteps]
-    t = sampler(config.global_batch, keyed_generator("t", config.seed, step), mean=flow.logit_mean, std=flow.logit_std)
+def draw_step(config: TrainConfig, step: int, encoders: int, bucket: tuple[int, int]) -> Draws:
+    """Times and dropped encoders of a global batch of a bucket: a function of seed, step and bucket alone."""
+    shift = shift_for(config.flow, config.model, *bucket)
+    times = draw_times(config.flow, shift, config.global_batch, (config.seed, step))
     generator = keyed_generator("dropout", config.seed, step)
-    dropped = draw_dropped(config.global_batch, encoders, config.conditioning.dropout, generator)
-    return Draws(shift_timesteps(t, flow.shift), dropped)
+    return Draws(times, draw_dropped(config.global_batch, encoders, config.conditioning.dropout, generator))
 
 
 def draw_noise(
@@ -55,13 +54,26 @@ def draw_noise(
 
 
 POSTERIOR_NOISE = "posterior_noise"  # beside pixels: what stands for one sample of their latents' posterior
+JITTER = "jitter"  # beside either: fresh noise around the path, shape of the latents
 
 
 def draw_view(
-    seed: int, raw: RawImages | None, tensors: dict[str, Tensor], step: int, slots: Sequence[int]
+    seed: int,
+    raw: RawImages | None,
+    tensors: dict[str, Tensor],
+    step: int,
+    slots: Sequence[int],
+    jitter: bool = False,
 ) -> dict[str, Tensor]:
-    """What some slots of a step see of their samples, be they latents (raw is None) or images; same draws for both."""
-    return draw_latents(seed, tensors, step, slots) if raw is None else draw_pixels(seed, raw, tensors, step, slots)
+    """What some slots of a step see of their samples, be they latents (raw is None) or images; same draws for both.
+
+    Where `jitter` is set, there is noise of that name beside it.
+    """
+    seen = draw_latents(seed, tensors, step, slots) if raw is None else draw_pixels(seed, raw, tensors, step, slots)
+    if not jitter:
+        return seen
+    shape = seen[LATENTS].shape[1:] if raw is None else raw.latent_shape(*seen[PIXELS].shape[-2:])
+    return {**seen, JITTER: torch.stack([noise_of(shape, JITTER, seed, step, slot) for slot in slots])}
 
 
 def draw_pixels(

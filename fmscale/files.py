@@ -100,6 +100,26 @@ def whole_records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def read_lines(path: Path, option: str) -> list[str]:
+    """The lines of a text file that say something, without the space around them.
+
+    Args:
+        path: file.
+        option: that named it, for the error.
+
+    Raises:
+        UserError: it cannot be read as UTF-8 text, or holds no such line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{option}: {path}: cannot be read: {reason}") from None
+    if not (lines := [line.strip() for line in text.splitlines() if line.strip()]):
+        raise UserError(f"{option}: {path} holds no text; write one caption a line")
+    return lines
+
+
 def in_threads(action: Callable[[Item], None], items: Iterable[Item]) -> None:
     """Do `action` for each item, in a few threads; where one fails, its error is raised and no further one is begun."""
     with ThreadPoolExecutor(THREADS) as threads:

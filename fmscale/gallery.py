@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fmscale.batch import Conditioning
@@ -18,14 +17,24 @@ from fmscale.data.mixture import Address, MixedBucket, Mixture
 from fmscale.data.raw import RawSample
 from fmscale.data.reader import Sample
 from fmscale.data.tar import DamageError
-from fmscale.dataset import Dataset, vae_folder
-from fmscale.encoders.text import assemble
+from fmscale.dataset import MOVED, Dataset, moved_encoders, open_text_encoders, vae_folder
+from fmscale.distributed import everywhere, total
+from fmscale.encoders.text import assemble, find_text_encoders
 from fmscale.encoders.vae import reopen_vae
 from fmscale.engine.optim import ema_names
 from fmscale.errors import UserError
 from fmscale.flow.noise import draw_noise
-from fmscale.flow.solver import time_grid
-from fmscale.pictures import NO_GUIDANCE, Guidance, contact_sheet, sample_latents, to_pixels
+from fmscale.objective import shift_for
+from fmscale.pictures import (
+    NO_GUIDANCE,
+    Guidance,
+    contact_sheet,
+    default_solver,
+    default_steps,
+    sample_latents,
+    times_for,
+    to_pixels,
+)
 
 if TYPE_CHECKING:
     from fmscale.train import Job
@@ -33,33 +42,53 @@ if TYPE_CHECKING:
 SAMPLES = "samples"  # in the run directory
 IMAGES = 8
 COLUMNS = 4
-SOLVER_STEPS = 28
+TITLE_PX = 20
 GUIDANCE_SCALE = 4.0
 
 
 class Gallery:
-    """The captions of the first samples of the largest bucket, and the noise that is drawn from each time.
+    """Prompts, or captions of the first samples of the largest bucket, and the noise that is drawn from each time.
 
     Args:
         job: the run.
 
     Raises:
-        UserError: the VAE is not the one that made the dataset, or no sample can be read.
+        UserError: VAE or text encoders are not those that made the dataset, or no sample can be read.
     """
 
     def __init__(self, job: Job) -> None:
         self.job, mixture = job, job.dataset.mixture
         bucket = max(mixture.buckets, key=lambda bucket: bucket.count)
+        self.captions = list(job.config.log.prompts)
+        self.text = self._encoded(self.captions) if self.captions else self._of_samples(bucket)
+        shape = (job.config.model.latent_channels, bucket.height, bucket.width)
+        self.noise = torch.stack([draw_noise(shape, SAMPLES, job.config.seed, i) for i in range(len(self.captions))])
+        folder, made = vae_folder(job.config.data, mixture), mixture.made_by["vae"]
+        self.vae = reopen_vae(folder, made) if job.world.is_main else None
+
+    def _encoded(self, prompts: list[str]) -> Mapping[str, Tensor]:
+        """Text features of prompts; where training encodes none itself, one rank does, and tells the others."""
+        dataset, device, data = self.job.dataset, self.job.world.device, self.job.config.data
+        if dataset.online is not None:
+            return dataset.text_of({}, prompts)
+
+        def encode() -> dict[str, Tensor]:
+            if not self.job.world.is_main:
+                return {name: value.new_zeros((len(prompts), *value.shape)) for name, value in dataset.null.items()}
+            return open_text_encoders(data, dataset.mixture).encode(prompts, bool(dataset.counted))
+
+        found = everywhere(encode, device)
+        return {name: total(found[name].to(device, null.dtype)) for name, null in dataset.null.items()}
+
+    def _of_samples(self, bucket: MixedBucket) -> Mapping[str, Tensor]:
+        """Text features of the first samples of a bucket, whose captions are noted."""
+        mixture = self.job.dataset.mixture
         samples = list(islice(sound_samples(mixture, bucket), IMAGES))
         if not samples:
             raise UserError(f"{mixture.name}: every sample of bucket {bucket.name} is damaged; encode it again")
         metas = [sample.read_meta() for sample in samples]
         self.captions = [meta.get("caption", "") for meta in metas]
-        self.text = job.dataset.text_of(self._stored(samples, metas), self.captions)
-        shape = (job.config.model.latent_channels, bucket.height, bucket.width)
-        self.noise = torch.stack([draw_noise(shape, SAMPLES, job.config.seed, i) for i in range(len(samples))])
-        folder, made = vae_folder(job.config.data, mixture), mixture.made_by["vae"]
-        self.vae = reopen_vae(folder, made) if job.world.is_main else None
+        return self.job.dataset.text_of(self._stored(samples, metas), self.captions)
 
     def _stored(self, samples: Sequence[Sample | RawSample], metas: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """What is stored of the text of samples, with the counts of tokens that training masks by."""
@@ -72,37 +101,62 @@ class Gallery:
         return {name: torch.stack([row[name] for row in rows]) for name in dataset.null}
 
     def draw(self) -> Image.Image | None:
-        """A sheet of what the averaged weights draw, or the raw ones where there is no average; every rank calls it.
+        """A sheet of what the first average draws, and below it what the raw weights do; every rank calls it.
 
         Returns:
             The sheet on rank 0, None elsewhere.
         """
-        latents = self._latents()
+        engine, ema = self.job.engine, self.job.config.ema
+        latents = {}
+        for average in ema_names(ema.decays, ema.sigma_rels)[:1]:
+            with engine.averaged(average):
+                latents[average] = self._latents()
+        latents["raw weights"] = self._latents()
         if self.vae is None:
             return None
         self.vae.model.to(self.job.world.device)  # it takes memory there only for as long as it is needed
-        images = torch.cat([self.vae.decode(one[None]).cpu() for one in latents])
+        sheets = {}
+        for title, drawn in latents.items():
+            images = torch.cat([self.vae.decode(one[None]).cpu() for one in drawn])
+            sheets[title] = contact_sheet(list(to_pixels(images)), self.captions, COLUMNS)
         self.vae.model.to("cpu")
-        return contact_sheet(list(to_pixels(images)), self.captions, COLUMNS)
+        return one_below_another(sheets)
 
     def _latents(self) -> Tensor:
-        config, engine, device = self.job.config, self.job.engine, self.job.world.device
-        text = {name: value.to(device).float() for name, value in self.text.items()}
+        """What the weights of the forward pass draw now, a few images at once."""
+        return torch.cat([self._drawn(slice(i, i + IMAGES)) for i in range(0, len(self.captions), IMAGES)])
+
+    def _drawn(self, rows: slice) -> Tensor:
+        config, device = self.job.config, self.job.world.device
+        text = {name: value[rows].to(device).float() for name, value in self.text.items()}
         nothing = {name: self.job.dataset.null[name].expand_as(value) for name, value in text.items()}
-        averages = ema_names(config.ema.decays, config.ema.sigma_rels)
-        with engine.averaged(averages[0]) if averages else nullcontext():
-            return sample_latents(
-                engine,
-                self.noise.to(device),
-                time_grid(SOLVER_STEPS, config.flow.shift),
-                self._assemble(text),
-                self._assemble(nothing),
-                Guidance(GUIDANCE_SCALE) if config.conditioning.dropout else NO_GUIDANCE,  # untrained, it cannot guide
-            )
+        solver, shift = default_solver(config.flow), shift_for(config.flow, config.model, *self.noise.shape[-2:])
+        return sample_latents(
+            self.job.engine,
+            self.noise[rows].to(device),
+            times_for(config.flow, shift, default_steps(solver), solver),
+            self._assemble(text),
+            self._assemble(nothing),
+            Guidance(GUIDANCE_SCALE) if config.conditioning.dropout else NO_GUIDANCE,  # untrained, it cannot guide
+            solver,
+            config.flow,
+        )
 
     def _assemble(self, text: Mapping[str, Tensor]) -> Conditioning:
         dataset = self.job.dataset
         return assemble(text, context_dim=self.job.config.model.context_dim, t5_length=dataset.t5_length)
+
+
+def one_below_another(sheets: Mapping[str, Image.Image]) -> Image.Image:
+    """Pictures by title, each under its title."""
+    width, height = max(one.width for one in sheets.values()), sum(one.height + TITLE_PX for one in sheets.values())
+    whole = Image.new("RGB", (width, height), "white")
+    draw, font, top = ImageDraw.Draw(whole), ImageFont.load_default(TITLE_PX - 4), 0
+    for title, sheet in sheets.items():
+        draw.text((4, top), title, fill="black", font=font)
+        whole.paste(sheet, (0, top + TITLE_PX))
+        top += sheet.height + TITLE_PX
+    return whole
 
 
 def sound_samples(mixture: Mixture, bucket: MixedBucket) -> Iterator[Sample | RawSample]:
@@ -120,7 +174,7 @@ def check_gallery(config: TrainConfig, dataset: Dataset) -> None:
     """Refuse a run that is to show images, and could not.
 
     Raises:
-        UserError: the VAE that made the dataset is not there.
+        UserError: the VAE that made the dataset is not there; or prompts are given, and the text encoders are not.
     """
     if config.log.images_every_steps is None:
         return
@@ -131,3 +185,7 @@ def check_gallery(config: TrainConfig, dataset: Dataset) -> None:
             f"log.images_every_steps: the VAE that made {dataset.mixture.name} {where}, so nothing can be shown; "
             f"{'give its folder: data.vae=DIR' if known else 'encode it again'}, or set log.images_every_steps=null"
         )
+    if config.log.prompts:
+        if "text" not in dataset.mixture.made_by:
+            raise UserError(f"log.prompts: {dataset.mixture.name} names no text encoders that could read them")
+        find_text_encoders(dataset.mixture.made_by, moved_encoders(config.data), MOVED)

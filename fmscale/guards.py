@@ -6,7 +6,8 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,8 +39,17 @@ class LossGuard:
     """
 
     def __init__(self, bins: int, limit: float | None, device: torch.device) -> None:
-        self._limit = math.inf if limit is None else limit
+        self.tune(limit)
         self.medians = torch.full((bins,), math.nan, device=device)
+        self.forget()
+
+    def tune(self, limit: float | None) -> None:
+        """Go on with another limit; argument as of the class."""
+        self._limit = math.inf if limit is None else limit
+
+    def forget(self) -> None:
+        """Begin anew: what is measured from now on is another loss."""
+        self.medians = torch.full_like(self.medians, math.nan)
         self.steps = 0
 
     def judge(self, losses: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,10 +101,18 @@ class Stopwatch:
         self._on_gpu = device.type == "cuda"
         self._laps: deque[tuple[Any, Any]] = deque(maxlen=LATER)
         self._began: Any = None
+        self.transport_s = 0.0  # of this step, on the host: matching noise with images, the device waited for
 
     def start(self) -> None:
         """A step begins."""
-        self._began = self._now()
+        self._began, self.transport_s = self._now(), 0.0
+
+    @contextmanager
+    def transport(self) -> Iterator[None]:
+        """Noise is matched with images meanwhile."""
+        began = time.perf_counter()
+        yield
+        self.transport_s += time.perf_counter() - began
 
     def stop(self) -> float:
         """The rank's part ends; returns the seconds of the step `LATER` steps ago, 0 while there is none."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fmscale.data.tar import DamageError
 from fmscale.data.tensors import DTYPES, head_bytes, parse_head
+from fmscale.earlier_run import EarlierRun, open_earlier_run
 from fmscale.encoders.weights import model_folder, read_config, weight_files
 from fmscale.engine.fragments import raw
 from fmscale.errors import UserError
@@ -91,6 +92,10 @@ class Source:
             known.update(raw(self._tensors[name].values(0, prod(self._tensors[name].shape))))
         return known.hexdigest()
 
+    def holds(self, name: str) -> bool:
+        """Whether a parameter of ours is theirs too; one that is not stays as it was initialised."""
+        return name in self._parts
+
     def read(self, name: str, start: int, length: int) -> Tensor:
         """Values start … start + length of a flattened parameter of ours, float32.
 
@@ -105,17 +110,20 @@ class Source:
         begin = 0
         for part in self._parts[name]:
             stored, size = self._tensors[part.name], prod(part.shape)
-            # Halves that are swapped: ours are theirs, begun in the middle.
-            places = ((0, size // 2, size // 2), (size // 2, 0, size - size // 2)) if part.swapped else ((0, 0, size),)
-            for ours, theirs, count in places:
+            for ours, theirs, count in part.stretches():
                 first, last = max(low - begin - ours, 0), min(high - begin - ours, count)
                 if first < last:
                     yield stored.values(theirs + first, theirs + last)
             begin += size
 
 
+def open_start(place: Path, values: Mapping[str, Any]) -> Source | EarlierRun:
+    """The weights that a new run starts from: a run's, or published ones; otherwise as `open_source`."""
+    return (open_earlier_run if (place / "config.yaml").is_file() else open_source)(place, values)
+
+
 def open_source(place: Path, values: Mapping[str, Any]) -> Source:
-    """The weights that a new run starts from.
+    """Published weights that a new run starts from.
 
     Args:
         place: a folder of diffusers, its name on the Hugging Face hub, or a single file.
@@ -125,7 +133,7 @@ def open_source(place: Path, values: Mapping[str, Any]) -> Source:
         UserError: there are no such weights, they are damaged, or they are of another network: says what differs.
     """
     family = values["family"]
-    model = blueprint(family, values)
+    model = blueprint(family, {**values, "leap_embed": False})  # no published network has that
     try:
         if place.is_file():
             found = _read_heads((place,))

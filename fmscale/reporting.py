@@ -13,15 +13,18 @@ from torch import Tensor
 
 from fmscale.config import TrainConfig
 from fmscale.distributed import World
-from fmscale.engine.metrics import MetricsLog, Named
+from fmscale.engine.metrics import MetricsLog, Named, keep_before
 from fmscale.engine.statistics import Look
 from fmscale.engine.zero import WEIGHT
+from fmscale.files import append
 from fmscale.gallery import SAMPLES, Gallery
 from fmscale.guards import slow_ranks
 from fmscale.log import get_logger
 from fmscale.models import parts_of
 from fmscale.models.flops import FLOPS, peak_flops
+from fmscale.phases import Phase
 from fmscale.tally import BINS, Tally
+from fmscale.validation import VALIDATION, Validation
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -50,7 +53,14 @@ def announce(job: Job, start: int) -> None:
         portions.micro_batch,
         f", {padding} slots empty" if padding else "",
     )
-    log.info("run      %s, steps %d to %d", config.run_dir, start, config.steps)
+    many = len(job.programme.phases) > 1
+    phase = f", phase {job.phase.number} to step {job.phase.until}" if many else ""
+    log.info("run      %s, steps %d to %d%s", config.run_dir, start, config.steps, phase)
+
+
+def is_measured(config: TrainConfig, done: int) -> bool:
+    """Whether the loss on held-out images is measured after so many steps."""
+    return config.validation is not None and (due(config.validation.every_steps, done) or done == config.steps)
 
 
 def due(every: int | None, done: int) -> bool:
@@ -81,8 +91,19 @@ class Reporter:
         peak = peak_flops(device_names(job.world)[0], config.engine.dtype)
         self.peak = None if peak is None else peak * job.world.world_size
         self.gallery = None if config.log.images_every_steps is None else Gallery(job)
+        self.validation = None if config.validation is None else Validation(job)
+        if job.world.is_main:
+            keep_before(config.run_dir / VALIDATION, start + 1)
         self.times: list[list[float]] = []
         self.slow: dict[int, float] = {}
+
+    def turn(self, job: Job) -> None:
+        """Go on with another phase."""
+        self.job = job
+        if self.metrics is not None:
+            self.metrics.show(job.config.log.tensorboard, job.phase.start + 1)
+        self.gallery = None if job.config.log.images_every_steps is None else Gallery(job)
+        self.validation = None if job.config.validation is None else Validation(job)
 
     def take(self, result: StepResult, told: Tally | None, seconds: float) -> None:
         """Note a step, without waiting for the device, and what ranks told in the one before."""
@@ -90,7 +111,7 @@ class Reporter:
             self.times += [] if told is None else [told.seconds.tolist()]
             self.skipped = self.skipped + (~result.applied).int()
             job = self.job
-            record = step_record(job.config, result)
+            record = step_record(job.phase, result)
             fast = speed(job.config, result.bucket, job.dataset.text_tokens, seconds)
             mfu = None if self.peak is None else fast["flops_per_s"] / self.peak
             self.metrics.add(**record, skipped_steps=self.skipped, **fast, mfu=mfu, memory_gb=memory_gb(job.world))
@@ -124,6 +145,20 @@ class Reporter:
             if self.metrics is not None and sheet is not None:
                 self.metrics.add_image(SAMPLES, sheet, done)
 
+        if self.validation is not None and is_measured(self.job.config, done):
+            self.job.watch.at(done - 1, "validating")
+            self._show_validation(self.validation.measure(), done)
+
+    def _show_validation(self, records: Sequence[Mapping[str, Any]], done: int) -> None:
+        if self.metrics is None:
+            return
+        self.job.start.check()
+        append(self.job.config.run_dir / VALIDATION, *({"step": done, **record} for record in records))
+        for record in records:
+            self.metrics.add_scalar(f"validation/{record['weights']}", record["loss"], done)
+        told = ", ".join(f"{record['weights']} {record['loss']:.4f}" for record in records)
+        log.info("step %d: validation loss on %d images: %s", done, records[0]["images"], told)
+
     def _show_histograms(self, result: StepResult, done: int) -> None:
         weights = Look(parts_of(self.job.config.model.family, self.job.engine.names), self.job.world.device, True)
         weights({piece.name: piece.tensors[WEIGHT] for piece in self.job.engine.pieces()})
@@ -139,13 +174,13 @@ class Reporter:
             self.metrics.close()
 
 
-def step_record(config: TrainConfig, result: StepResult) -> dict[str, Any]:
+def step_record(phase: Phase, result: StepResult) -> dict[str, Any]:
     """What a step did: the first half of its object in metrics.jsonl."""
     tally, gradient, done = result.tally, result.gradient, result.step + 1
     return {
         "step": done,
-        "images_seen": done * config.global_batch,
-        "phase": 0,
+        "images_seen": phase.images_seen(done),
+        "phase": phase.number,
         "bucket": f"{result.bucket[0]}x{result.bucket[1]}",
         "loss": tally.loss / tally.images,
         "loss_by_t": Named(BIN_NAMES, tally.loss_by_t / tally.images_by_t),
@@ -156,6 +191,7 @@ def step_record(config: TrainConfig, result: StepResult) -> dict[str, Any]:
         "applied": result.applied,
         "bad_samples": tally.bad.int(),
         "data_wait_s": result.data_wait_s,
+        **({} if phase.config.flow.transport == "none" else {"transport_s": result.transport_s}),
     }
 
 

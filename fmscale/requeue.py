@@ -1,6 +1,6 @@
 """The last line of a batch script: whether its job comes back.
 
-    the program ended well              no
+    the program ended well              no, even if a signal met it when all was done
     it was told to leave, by a signal   yes: Slurm's time is over, or another job's has come
     it failed                           yes, unless it has failed twice without getting any further
     it was stopped, or another job has begun the run since      no
@@ -25,6 +25,7 @@ from fmscale.starts import BEGAN, ENDED, STOP, newest_start, read, updates_saved
 FAILURES = "failures.jsonl"
 ENOUGH = 2  # failures in a row without progress
 LEFT_CODES = (130, 128 + signal.SIGUSR2)  # `encode` was interrupted; a rank was signalled before it could listen
+LATE_CODES = (*LEFT_CODES, 128 + signal.SIGTERM)  # or when it had done all and listened no more
 ENOUGH_LEFT = 10  # such endings in a row without progress
 LEFT_EARLY = "told to leave before there was anything to save"
 NO_MORE = "that makes {} starts in a row without progress, so it stops"
@@ -51,7 +52,7 @@ def requeue(folder: Path, code: int) -> int:
     ended = _of(task, folder, ENDED)
     how = ended.get("how", "done" if code == 0 else "failed")
     if how in ("done", "stopped"):
-        return code
+        return 0 if code in LATE_CODES else code
     if refusal := _gone(task, folder):
         print(f"{OPENING} {task.job} does not come back: {refusal}", flush=True)
         return code

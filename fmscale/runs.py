@@ -29,6 +29,7 @@ from fmscale import __version__, slurm
 from fmscale.config import FluxConfig, TrainConfig, check, dump, flatten, load
 from fmscale.errors import UserError
 from fmscale.files import replace_text
+from fmscale.phases import phases_of
 from fmscale.starts import STARTS
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ ATTENTION = "attention.json"
 BEFORE_CONFIG = {STARTS, slurm.FOLDER}  # may be there before the config is
 Result = TypeVar("Result")
 Weights = str | float  # of a run: `ema`, `raw`, or the relative width of an average that is made from snapshots
-FREE_PARTS = ("checkpoint.", "guard.", "log.", "data.remote.", "data.text_encoders.")
+FREE_PARTS = ("checkpoint.", "guard.", "log.", "validation", "data.remote.", "data.text_encoders.")
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "webdataset", "safetensors", "numpy")
 
 
@@ -82,8 +83,8 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
 def _may_change(key: str, old: TrainConfig, new: TrainConfig) -> bool:
     if key == "steps":
         # A cosine that ends at `steps` bends with it.
-        fixed = new.optimizer.schedule == "constant" or new.optimizer.decay_steps is not None
-        return new.steps > old.steps and fixed
+        last = phases_of(new)[-1].config.optimizer
+        return new.steps > old.steps and (last.schedule == "constant" or last.decay_steps is not None)
     if key == "data.mixture":  # the datasets may have moved: their fingerprint is compared
         return [part.weight for part in old.data.mixture] == [part.weight for part in new.data.mixture]
     return key in FREE_KEYS or key.startswith(FREE_PARTS)

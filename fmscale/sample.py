@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fmscale.batch import Conditioning
+from fmscale.config import FlowConfig
 from fmscale.distributed import world_from_environment
 from fmscale.encoders.text import (
     ROLES,
@@ -31,16 +32,28 @@ from fmscale.encoders.text import (
 )
 from fmscale.encoders.vae import Vae, load_vae, reopen_vae
 from fmscale.errors import UserError
+from fmscale.files import read_lines
 from fmscale.flow.noise import draw_noise
-from fmscale.flow.solver import time_grid
+from fmscale.flow.solver import Velocity
+from fmscale.flow.timesteps import resolve_shift
 from fmscale.log import get_logger
-from fmscale.pictures import contact_sheet, guidance_of, sample_latents, to_pixels
+from fmscale.pictures import (
+    Guidance,
+    check_solver,
+    contact_sheet,
+    default_solver,
+    default_steps,
+    guidance_of,
+    guided_velocity,
+    sample_latents,
+    times_for,
+    to_pixels,
+)
+from fmscale.pipelines import PIPELINES
 from fmscale.runs import Run, Weights, open_run
 
 log = get_logger(__name__)
 EXPORT_NOTE = "fmscale.json"  # in an exported folder: what diffusers' own files have no place for
-PIPELINE_FOLDERS = {"clip_l": ("text_encoder", "tokenizer"), "clip_g": ("text_encoder_2", "tokenizer_2")}
-PIPELINE_FOLDERS["t5"] = ("text_encoder_3", "tokenizer_3")
 PICTURES = (".png", ".jpg", ".webp")
 
 
@@ -56,7 +69,7 @@ class Generator:
         t5_length: T5 tokens, or zeros in their place.
         null: what the model was trained on in place of text, `empty` or `zeros`.
         masked: it was trained without sight of the text's padding.
-        shift: of the timesteps it was trained with.
+        flow: path, prediction, objective and shift that it was trained with.
         patch_size: latent pixels on a side of a patch.
         base_size: patches on a side of an image at the base resolution.
         takes_guidance: the model is told how strong guidance is.
@@ -69,7 +82,7 @@ class Generator:
     t5_length: int
     null: str
     masked: bool
-    shift: float
+    flow: FlowConfig
     patch_size: int
     base_size: int
     takes_guidance: bool
@@ -103,17 +116,43 @@ class Generator:
             raise UserError(f"an image of {height_px}x{width_px} px: both sides must be multiples of {step}")
         return self.vae.channels, height_px // self.vae.factor, width_px // self.vae.factor
 
+    def velocity(self, captions: list[str], negative_prompts: list[str], guidance: Guidance) -> Velocity:
+        """The guided velocity field of these captions, for latents (B, C, H, W) with one caption each."""
+        given = self.condition(captions), self.unconditional(negative_prompts)
+        return guided_velocity(self.model, *given, guidance, self.flow)
+
+    def draw(
+        self,
+        noise: Tensor,
+        captions: list[str],
+        negative_prompts: list[str],
+        guidance: Guidance,
+        steps: int,
+        solver: str | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Latents of these captions, from noise (B, C, H, W), on its device; None is the model's own way to sample."""
+        solver = solver or default_solver(self.flow)
+        given = self.condition(captions), self.unconditional(negative_prompts)
+        times = self.times(noise.shape[-2], noise.shape[-1], steps, solver)
+        return sample_latents(self.model, noise, times, *given, guidance, solver, self.flow, seed)
+
+    def times(self, height: int, width: int, steps: int, solver: str | None = None) -> list[float]:
+        """The times that a solver visits for latents of this size."""
+        tokens = (height // self.patch_size) * (width // self.patch_size)
+        shift = resolve_shift(self.flow.shift, tokens, self.flow.shift_base**2)
+        return times_for(self.flow, shift, steps, solver or default_solver(self.flow))
+
     def decode(self, latents: Tensor) -> np.ndarray:
         """Images of latents (B, C, H, W): shape (B, height, width, 3), uint8."""
         return to_pixels(self.vae.decode(latents))
 
 
 def sample_command(args: argparse.Namespace) -> None:
-    """`fmscale sample`: write a PNG with `args.images` images for each prompt, prompts under the images."""
+    """`fmscale sample`: a sheet with `args.images` images for each prompt, or strips of several numbers of steps."""
     source, out = Path(args.source), Path(args.out)
     _check_out(out)
-    if any("\ud800" <= char <= "\udfff" for text in (*args.prompt, args.negative_prompt) for char in text):
-        raise UserError("--prompt: not UTF-8 text")
+    prompts = _read_prompts(args)
     generator = open_generator(
         source,
         step=args.step,
@@ -121,31 +160,85 @@ def sample_command(args: argparse.Namespace) -> None:
         vae=args.vae,
         text_encoders=parse_roles(args.text_encoder),
     )
-    if args.true_cfg_scale != 1.0 and not generator.takes_guidance:
-        raise UserError(
-            f"--true-cfg-scale: the network of {source} is not told how strong guidance is; give --guidance-scale alone"
-        )
-    guidance = guidance_of(args.guidance_scale, generator.takes_guidance, args.true_cfg_scale)
+    solver = args.solver or default_solver(generator.flow)
+    check_solver(solver, generator.flow)
+    guidance = _guidance(args, generator)
     side = generator.base_size * generator.patch_size * generator.vae.factor
     shape = generator.latent_shape(args.height or side, args.width or side)
-    times = time_grid(args.solver_steps, generator.shift)
-    images: list[np.ndarray] = []
-    captions: list[str] = []
-    for number, prompt in enumerate(args.prompt):
+    counts = args.solver_steps or [default_steps(solver)]
+    for steps in counts:
+        generator.times(shape[1], shape[2], steps, solver)  # says what the model has not learned
+    cells: list[tuple[np.ndarray, str]] = []
+    for number, prompt in enumerate(prompts):
         noise = torch.stack([draw_noise(shape, "sample", args.seed, number, i) for i in range(args.images)])
-        latents = sample_latents(
-            generator.model,
-            noise.to(generator.device),
-            times,
-            generator.condition([prompt] * args.images),
-            generator.unconditional([args.negative_prompt] * args.images),
-            guidance,
-            args.solver,
+        told = [prompt if len(counts) == 1 else f"{prompt} · {steps} steps" for steps in counts]
+        by_steps = [
+            draw_images(generator, noise, prompt, args.negative_prompt, guidance, steps, solver, args.seed, args.batch)
+            for steps in counts
+        ]
+        cells += [cell for row in zip(*by_steps, strict=True) for cell in zip(row, told, strict=True)]
+    columns = args.images if len(counts) == 1 else len(counts)
+    contact_sheet([image for image, _ in cells], [caption for _, caption in cells], columns).save(out)
+    log.info("%d images in %s", len(cells), out)
+
+
+def draw_images(
+    generator: Generator,
+    noise: Tensor,
+    prompt: str,
+    negative_prompt: str,
+    guidance: Guidance,
+    steps: int,
+    solver: str,
+    seed: int,
+    batch: int,
+) -> np.ndarray:
+    """Images of one prompt, each from its own noise, no more than `batch` at once; arguments as of `Generator.draw`.
+
+    Args:
+        noise: shape (N, C, H, W), on the CPU.
+
+    Returns:
+        Shape (N, height, width, 3), uint8.
+
+    Raises:
+        UserError: what was drawn is not finite.
+    """
+    images = []
+    for part in noise.split(batch):
+        prompts, negatives = [prompt] * len(part), [negative_prompt] * len(part)
+        latents = generator.draw(part.to(generator.device), prompts, negatives, guidance, steps, solver, seed)
+        if not bool(latents.isfinite().all()):
+            raise UserError(
+                f"{steps} steps of {solver} end in numbers that are not finite; guidance is too strong, or the "
+                "weights are broken"
+            )
+        images.append(generator.decode(latents))
+    return np.concatenate(images)
+
+
+def _guidance(args: argparse.Namespace, generator: Generator) -> Guidance:
+    if args.true_cfg_scale != 1.0 and not generator.takes_guidance:
+        raise UserError(
+            f"--true-cfg-scale: the network of {args.source} is not told how strong guidance is; give "
+            "--guidance-scale alone"
         )
-        images.extend(generator.decode(latents))
-        captions.extend([prompt] * args.images)
-    contact_sheet(images, captions, columns=args.images).save(out)
-    log.info("%d images in %s", len(images), out)
+    guidance = guidance_of(args.guidance_scale, generator.takes_guidance, args.true_cfg_scale)
+    return guidance._replace(interval=tuple(args.guidance_interval), rescale=args.guidance_rescale)
+
+
+def _read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of the command line, then those of the file.
+
+    Raises:
+        UserError: there is none, or one is no text.
+    """
+    prompts = list(args.prompt) + (read_lines(Path(args.prompts), "--prompts") if args.prompts else [])
+    if not prompts:
+        raise UserError('say what to draw: --prompt "a handwritten seven", or --prompts FILE with one a line')
+    if any("\ud800" <= char <= "\udfff" for text in (*prompts, args.negative_prompt) for char in text):
+        raise UserError("--prompt: not UTF-8 text")
+    return prompts
 
 
 def _check_out(out: Path) -> None:
@@ -213,7 +306,7 @@ def open_generator(
         t5_length=run.made_by["t5_length"],
         null=run.config.conditioning.null,
         masked=run.config.conditioning.text == "masked",
-        shift=run.config.flow.shift,
+        flow=run.config.flow,
         patch_size=run.config.model.patch_size,
         base_size=run.config.model.base_size,
         takes_guidance=run.takes_guidance,
@@ -234,27 +327,37 @@ def load_frozen(
     Raises:
         UserError: one is gone, or is another than the one that made the dataset.
     """
-    made_by = run.made_by
-    if not (folder := Path(vae or made_by["vae"]["path"])).is_dir():
+    return load_run_vae(run, vae, device), load_run_text(run, text_encoders, device)
+
+
+def load_run_vae(run: Run, vae: str | None, device: torch.device) -> Vae:
+    """The VAE that made a run's dataset; arguments and errors as of `load_frozen`."""
+    made = run.made_by["vae"]
+    if not (folder := Path(vae or made["path"])).is_dir():
         raise UserError(f"{folder}: the VAE that made the dataset is no longer there; give its folder: --vae DIR")
-    loaded = reopen_vae(folder, made_by["vae"], device)
-    text = reopen_text_encoders(made_by, text_encoders, "--text-encoder ", device)
-    return loaded, text
+    return reopen_vae(folder, made, device)
+
+
+def load_run_text(run: Run, text_encoders: Mapping[str, str], device: torch.device) -> TextEncoders:
+    """The text encoders that made a run's dataset; arguments and errors as of `load_frozen`."""
+    return reopen_text_encoders(run.made_by, text_encoders, "--text-encoder ", device)
 
 
 def _open_export(folder: Path) -> Generator:
-    from fmscale.models import blueprint
-    from fmscale.models.mmdit_names import from_diffusers, model_kwargs_from_diffusers
+    from fmscale.models import NAMES, blueprint
 
     device = world_from_environment().device
     note = _read_json(folder / EXPORT_NOTE)
-    config = _read_json(folder / "transformer" / "config.json")
-    kwargs = model_kwargs_from_diffusers(config, note["base_size"])
-    kwargs |= {name: note.get(name) for name in ("position_origin", "position_step")}
-    model = blueprint("mmdit", kwargs)
+    if (form := note.get("form", "pipeline")) != "pipeline":
+        raise UserError(f"{folder}: was exported as {form}, which `fmscale` does not draw from; give the run directory")
+    family = note.get("family", "mmdit")  # older exports knew but one
+    names, pipeline = NAMES[family], PIPELINES[family]
+    kwargs = names.model_kwargs_from_diffusers(_read_json(folder / "transformer" / "config.json"))
+    kwargs |= {name: note.get(name) for name in ("base_size", "position_origin", "position_step")}
+    model = blueprint(family, kwargs)
     state = {name: value.float() for name, value in _read_weights(folder / "transformer").items()}
-    model.load_state_dict(from_diffusers(state, model), assign=True)
-    present = {role: PIPELINE_FOLDERS[role] for role in note["encoders"]}  # a T5 that says zeros is not among them
+    model.load_state_dict(names.from_diffusers(state, model), assign=True)
+    present = {role: pipeline.folders[role] for role in note["encoders"]}  # a T5 that says zeros is not among them
     sources = {
         role: {"path": str(folder / model_name), "tokenizer": str(folder / tokenizer)}
         for role, (model_name, tokenizer) in present.items()
@@ -262,16 +365,21 @@ def _open_export(folder: Path) -> Generator:
     return Generator(
         model=model.requires_grad_(False).eval().to(device),
         vae=load_vae(folder / "vae", device),
-        text=load_text_encoders(sources, note["t5_length"], device),
+        text=load_text_encoders(sources, note["t5_length"], device, pipeline=pipeline.text),
         context_dim=kwargs["context_dim"],
         t5_length=note["t5_length"],
         null=note["null"],
         masked=note.get("text") == "masked",  # not a word of it in older exports
-        shift=_read_json(folder / "scheduler" / "scheduler_config.json")["shift"],
+        flow=FlowConfig(**note["flow"] if "flow" in note else _older_flow(folder)),
         patch_size=kwargs["patch_size"],
         base_size=note["base_size"],
-        takes_guidance=False,
+        takes_guidance=kwargs.get("guidance_embed", False),
     )
+
+
+def _older_flow(folder: Path) -> dict[str, float]:
+    """What an export of before told of its flow alone."""
+    return {"shift": _read_json(folder / "scheduler" / "scheduler_config.json")["shift"]}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

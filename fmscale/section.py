@@ -68,6 +68,9 @@ def _explain(kind: type[Section], problem: Any) -> str:
         hint = f"did you mean {guess[0]}? " if guess else ""
         if name in everywhere:
             hint = f"another kind of {'.'.join(keys[:-1])} has it; "
+        if "." in keys[-1]:
+            nested = keys[-1].replace(".", ": {") + ": …" + "}" * keys[-1].count(".")
+            hint = f"parts of a key stand within one another, as {nested}; "
         return f"{name}: no such key; {hint}allowed here: {', '.join(allowed)}"
     if problem["type"] == "missing":
         return f"{name}: must be given"

@@ -19,7 +19,8 @@ def mmdit_parameters(model: MMDiTConfig) -> int:
     last = (2 * square + 2 * width) + attention - (square + width)
     dual = (3 * square + 3 * width) + attention
     blocks = (2 * model.layers - 1) * stream + last + len(set(model.dual_attention_layers)) * dual
-    return blocks + _ends(width, patch, model.context_dim, TIMESTEP_FEATURES, model.pooled_dim)
+    told = [TIMESTEP_FEATURES] * (1 + model.leap_embed)
+    return blocks + _ends(width, patch, model.context_dim, *told, model.pooled_dim)
 
 
 def flux_parameters(model: FluxConfig) -> int:
@@ -28,7 +29,7 @@ def flux_parameters(model: FluxConfig) -> int:
     square, norms = width**2, 2 * model.head_dim
     stream = (6 * square + 6 * width) + (4 * square + 4 * width + norms) + (8 * square + 5 * width)
     single = (3 * square + 3 * width) + (7 * square + 7 * width + norms) + (5 * square + width)
-    told = [TIMESTEP_FEATURES] * (2 if model.guidance_embed else 1)
+    told = [TIMESTEP_FEATURES] * (1 + model.guidance_embed + model.leap_embed)
     blocks = 2 * model.layers * stream + model.single_layers * single
     return blocks + _ends(width, patch, model.context_dim, *told, model.pooled_dim)
 

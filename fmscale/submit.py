@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from fmscale import config as configs
 from fmscale import slurm
-from fmscale.beforehand import check_encode, check_train
+from fmscale.beforehand import check_encode, check_reflow, check_train
 from fmscale.errors import OutageError, UserError
 from fmscale.jobs import MARK, describe, ended, newest_job
 from fmscale.log import get_logger
@@ -42,6 +42,7 @@ MAIN = """from fmscale.__main__ import main
 if __name__ == "__main__":
     main()
 """
+FLAGS = {"encode": set[str](), "reflow": {"--allow-pipe"}}  # that a command takes; `train` takes all
 UNCERTAIN = ("timed out", "no answer")  # then Slurm may have taken the job all the same
 WAIT_S = 10  # from the end of a rank to that of the others, which name it meanwhile
 
@@ -50,7 +51,7 @@ class Order(NamedTuple):
     """What is to be submitted.
 
     Attributes:
-        command: `train` or `encode`.
+        command: `train`, `encode` or `reflow`.
         config: of the command.
         site: where it runs.
         flags: of the command, such as `--allow-append`.
@@ -76,7 +77,7 @@ def read_order(command: str, config: str, site: str, overrides: Sequence[str], *
     """What a command line asks for.
 
     Args:
-        command: `train` or `encode`.
+        command: `train`, `encode` or `reflow`.
         config, site: YAML files.
         overrides: `key=value` for the config, `site.key=value` for the site.
         more: the other attributes of `Order`.
@@ -136,14 +137,16 @@ def check(order: Order) -> None:
         UserError: says which key, or which argument, is wrong.
     """
     if order.command == "train" and order.workers is not None:
-        raise UserError("--workers: only `encode` is shared by the tasks of an array; for more ranks set site.nodes")
+        raise UserError("--workers: only `encode` and `reflow` are shared by an array's tasks; to train set site.nodes")
     if order.at_once is not None and order.workers is None:
         raise UserError("--at-once: says how many of --workers run at the same time; give those too")
-    if order.command == "encode" and order.flags:
-        raise UserError(f"{order.flags[0]}: is for `train`")
+    if strange := set(order.flags) - FLAGS.get(order.command, set(order.flags)):
+        raise UserError(f"{min(strange)}: is for `train`")
     try:
         if order.command == "train":
             check_train(order.config, order.site, order.flags)
+        elif order.command == "reflow":
+            check_reflow(order.config, order.site, order.flags)
         else:
             check_encode(order.config, order.site)
     except OSError as error:

@@ -17,7 +17,7 @@ class Tally:
     """Views of the vector, each rank's own share at first, and after `share` the sum over ranks.
 
     Args:
-        values: shape (5 + 2 BINS + world_size,), float32.
+        values: shape (5 + 3 BINS + world_size,), float32.
 
     Attributes:
         loss: of the images, summed.
@@ -25,28 +25,33 @@ class Tally:
         bad: damaged samples.
         stop, save: ranks that were asked to.
         loss_by_t, images_by_t: loss and images again, by bin of t, shape (BINS,).
+        error_by_t: likewise the loss before weights of t, beside which no loss would stand out.
         seconds: what each rank took for its own part of a step, shape (world_size,); 0 where not known yet.
     """
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
         self.loss, self.images, self.bad, self.stop, self.save = values[:_HEAD].unbind()
-        self.loss_by_t, self.images_by_t = values[_HEAD : _HEAD + 2 * BINS].view(2, BINS).unbind()
-        self.seconds = values[_HEAD + 2 * BINS :]
+        self.loss_by_t, self.error_by_t, self.images_by_t = values[_HEAD : _HEAD + 3 * BINS].view(3, BINS).unbind()
+        self.seconds = values[_HEAD + 3 * BINS :]
 
     @classmethod
     def begin(cls, world: World, wish: Wish) -> Tally:
         """What a rank knows when its step begins."""
-        values = torch.zeros(_HEAD + 2 * BINS + world.world_size)
+        values = torch.zeros(_HEAD + 3 * BINS + world.world_size)
         values[_HEAD - 2 : _HEAD] = torch.tensor([float(asked) for asked in wish])
         return cls(values.to(world.device, non_blocking=True))
 
-    def add(self, losses: Tensor, t: Tensor, batch: Batch) -> None:
-        """A micro-batch: the loss of each image, 0 for one that does not count, and its t, both of shape (B,)."""
+    def add(self, losses: Tensor, errors: Tensor, t: Tensor, batch: Batch) -> None:
+        """A micro-batch: the loss of each image, with and without the weight of its t, and t, all of shape (B,).
+
+        Both are 0 for an image that does not count.
+        """
         self.loss += losses.sum()
         self.images += batch.weight.sum()
         self.bad += len(batch.bad)
         self.loss_by_t += by_timestep(t, losses)
+        self.error_by_t += by_timestep(t, errors)
         self.images_by_t += by_timestep(t, batch.weight)
 
     def share(self) -> None:

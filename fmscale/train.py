@@ -1,8 +1,8 @@
 """Training: build, loop, train_step. Read it from the top; each formula is two hops away.
 
 data/order -> data/reader -> data/loader ──► Batch
-train_step: flow/timesteps, flow/path ──► t, noisy_latents, velocity ; conditioning dropout
-            engine(noisy_latents, t, context, pooled) ──► velocity ; flow/loss ──► loss per image
+train_step: draws ──► times, conditioning dropout ; objective: flow/path ──► noisy_latents, velocity
+            engine(noisy_latents, t, context, pooled) ──► velocity ; flow/loss, flow/weights ──► loss per image
             engine.backward ; after the last micro-batch engine.step (clip, AdamW + EMA)
 """
 
@@ -12,8 +12,9 @@ import functools
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,50 +23,59 @@ from fmscale.batch import Batch, prefetch
 from fmscale.building import (
     STRICT,
     Allowed,
-    attention_shapes,
+    Programme,
     build_engine,
     check_checkpoint,
     check_setup,
+    enter,
+    kernels_of,
+    learning_rate_at,
+    limits_of,
+    portions_of,
+    retention_of,
     shards_seen,
     start_from,
 )
-from fmscale.config import TrainConfig
+from fmscale.config import FlowConfig, TrainConfig
 from fmscale.control import Delayed, Requests, Wish, forget_files, outlive_signals, release_readers
-from fmscale.data.loader import build_loader
-from fmscale.data.order import Split, split
+from fmscale.data.loader import WorkItem, build_loader, make_batches
+from fmscale.data.order import Split
 from fmscale.dataset import Dataset
-from fmscale.distributed import World, barrier, everywhere, same_everywhere, world_from_environment
-from fmscale.draws import Draws, draw_noise, draw_step, draw_view, drop_text
+from fmscale.distributed import World, barrier, same_everywhere, world_from_environment
+from fmscale.draws import JITTER, Draws, draw_noise, draw_step, draw_view, drop_text
 from fmscale.encoders.text import assemble
 from fmscale.engine import attention
 from fmscale.engine import checkpoint as checkpoints
+from fmscale.engine.blocks import backward_at_once
 from fmscale.engine.metrics import keep_before
-from fmscale.engine.optim import SIGMA_PREFIX, learning_rate
-from fmscale.engine.saver import Folder, Retention, SaveError, Saver
+from fmscale.engine.optim import SIGMA_PREFIX
+from fmscale.engine.saver import Folder, SaveError, Saver
 from fmscale.engine.statistics import Look
 from fmscale.engine.zero import Engine, init_process_group
 from fmscale.errors import OutageError, SharedError, UserError
 from fmscale.files import append
-from fmscale.flow.loss import velocity_mse
-from fmscale.flow.path import interpolate
+from fmscale.flow.noise import keyed_generator
+from fmscale.flow.transport import transport
 from fmscale.guards import BAD_SAMPLES, LossGuard, Stopwatch, check_damage
 from fmscale.log import get_logger, progress
+from fmscale.objective import losses, network_of, weight_of
+from fmscale.phases import Phase, phase_of
+from fmscale.recovery import SKIPPED, Streak, load, settle, wait_for_save
 from fmscale.reporting import Reporter, announce, device_names, look_at
-from fmscale.runs import ATTENTION, checkpoints_dir, snapshots_dir, start_run_dir
+from fmscale.runs import checkpoints_dir, snapshots_dir, start_run_dir
 from fmscale.starts import Ending, Start, new_start
 from fmscale.tally import BINS, Tally
-from fmscale.watchdog import Limits, Watchdog, cut_off
+from fmscale.watchdog import Watchdog, cut_off
 
 log = get_logger(__name__)
-SKIPPED = "skipped_steps.jsonl"  # in the run directory: step and sample keys of those that were not applied
 
 
 class Job(NamedTuple):
     """A run in progress: what every function of the loop works with.
 
     Attributes:
-        config: what is trained.
-        dataset: what it learns.
+        config: what is trained, as the phase has it.
+        dataset: what it learns in the phase.
         engine: the model under ZeRO.
         world: this process among the ranks.
         portions: how a global batch falls to ranks and micro-batches.
@@ -74,7 +84,9 @@ class Job(NamedTuple):
         watch: is told where this rank is.
         guard: drops steps whose loss leaps.
         stopwatch: times this rank's own part of each step.
-        kernels: what computes the attention, by bucket.
+        programme: phases of the run, and their datasets.
+        phase: the one that the next step is in.
+        kernels: what computes the attention, by phase and bucket.
     """
 
     config: TrainConfig
@@ -87,6 +99,8 @@ class Job(NamedTuple):
     watch: Watchdog
     guard: LossGuard
     stopwatch: Stopwatch
+    programme: Programme
+    phase: Phase
     kernels: Mapping[Hashable, str]
 
 
@@ -103,19 +117,19 @@ def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
         UserError: before anything is written, if config, dataset and run directory do not fit together.
     """
     world = world_from_environment()
-    dataset = check_setup(config, world.world_size, allowed)
-    portions = split(config.global_batch, world.world_size, config.micro_batch)
+    programme = check_setup(config, world.world_size, allowed)
     with slurm.meeting(world, config.run_dir / slurm.FOLDER):
         init_process_group(world)
-    if not same_everywhere(dataset.mixture.fingerprint, world.device):
-        raise UserError(
-            f"data: the ranks found different indices in {dataset.mixture.name}; start again when it is whole"
-        )
+    for dataset in programme.datasets:
+        if not same_everywhere(dataset.mixture.fingerprint, world.device):
+            raise UserError(
+                f"data: the ranks found different indices in {dataset.mixture.name}; start again when it is whole"
+            )
     begun = new_start(config.run_dir, world)
     if world.is_main:
         forget_files(config.run_dir)  # that were meant for a start before this one
     try:
-        ending = run(config, dataset, world, portions, begun, allowed)
+        ending = run(config, programme, world, begun, allowed)
     except Exception as error:
         if world.is_main:
             begun.end("failed", why=str(error) or repr(error))
@@ -124,23 +138,26 @@ def train(config: TrainConfig, allowed: Allowed = STRICT) -> None:
         begun.end(ending)
 
 
-def run(config: TrainConfig, dataset: Dataset, world: World, portions: Split, begun: Start, allowed: Allowed) -> Ending:
+def run(config: TrainConfig, programme: Programme, world: World, begun: Start, allowed: Allowed) -> Ending:
     """What `train` does once the ranks have found one another; returns how it ended."""
-    engine = build_engine(config, world.device, portions.micro_batch)
-    guard = LossGuard(BINS, config.guard.max_loss_ratio, world.device)
-    start, dataset = resume(config, dataset, engine, guard, world, allowed)
-    shapes = attention_shapes(config, dataset, portions.micro_batch, world.device)
-    kernels, tried = attention.agree(config.engine.attention, shapes, config.run_dir / ATTENTION, world)
+    found = checkpoints.choose(checkpoints_dir(config.run_dir), world)
+    start = 0 if found is None else found.step
+    phase = phase_of(programme.phases, start)
+    portions = portions_of(phase, world)
+    engine = build_engine(phase.config, world.device, portions.micro_batch)
+    guard = LossGuard(BINS, phase.config.guard.max_loss_ratio, world.device)
+    programme = resume(found, config, programme, engine, guard, world, allowed)
+    kernels, tried = kernels_of(programme, config.run_dir, world)
     if world.is_main:
         checkpoints.discard_after(snapshots_dir(config.run_dir), start)  # they are written again
-        start_run_dir(config, device_names(world), shards_seen(config, dataset), tried)
-    retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every_steps)
-    saver = Saver(checkpoints_dir(config.run_dir), world, retention, config.checkpoint.private, begun.name, begun.check)
-    limits = Limits(config.guard.silent_s, config.guard.stalled_s, slurm.leave_s(slurm.signal_delay_s()))
+        start_run_dir(config, device_names(world), shards_seen(config, programme.datasets), tried)
+    retention, private = retention_of(phase.config), config.checkpoint.private
+    saver = Saver(checkpoints_dir(config.run_dir), world, retention, private, begun.name, begun.check)
     try:
-        with Watchdog(world, config.run_dir, limits, lambda: saver.progress, begun) as watch:
-            tools = begun, saver, watch, guard, Stopwatch(world.device), kernels
-            return loop(Job(config, dataset.to(world.device), engine, world, portions, *tools), start)
+        with Watchdog(world, config.run_dir, limits_of(phase.config), lambda: saver.progress, begun) as watch:
+            tools = begun, saver, watch, guard, Stopwatch(world.device), programme, phase, kernels
+            dataset = programme.datasets[phase.number].to(world.device)
+            return loop(Job(phase.config, dataset, engine, world, portions, *tools), start)
     except BaseException as error:
         release_readers()  # else they would hold this process up for a minute
         saver.abandon()
@@ -150,99 +167,41 @@ def run(config: TrainConfig, dataset: Dataset, world: World, portions: Split, be
 
 
 def resume(
-    config: TrainConfig, dataset: Dataset, engine: Engine, guard: LossGuard, world: World, allowed: Allowed
-) -> tuple[int, Dataset]:
-    """Restore the newest sound checkpoint, if there is one; else begin with the weights that `model.init_from` names.
+    found: checkpoints.Checkpoint | None,
+    config: TrainConfig,
+    programme: Programme,
+    engine: Engine,
+    guard: LossGuard,
+    world: World,
+    allowed: Allowed,
+) -> Programme:
+    """Restore a checkpoint, if there is one; else begin with the weights that `model.init_from` names.
 
     Returns:
-        The step to go on with, which is how many are done; and the dataset, with what was stored when.
+        The programme, with what was stored when.
 
     Raises:
-        UserError: no checkpoint is sound, or the one that is does not fit.
+        UserError: the checkpoint does not fit.
     """
-    found = checkpoints.choose(checkpoints_dir(config.run_dir), world)
     if found is None:
         if config.model.init_from is not None:
             start_from(config.model.init_from, config, engine, world)
-        return 0, dataset
-    dataset = check_checkpoint(config, dataset, found, engine.shapes, allowed)
+        return programme
+    programme = check_checkpoint(programme, found, engine.shapes, allowed)
     load(engine, found, world)
-    guard.restore(found.index["description"]["loss_guard"])
+    description = found.index["description"]
+    before = FlowConfig().model_dump(mode="json") | description["config"]["flow"]
+    if before == phase_of(programme.phases, found.step).config.flow.model_dump(mode="json"):
+        guard.restore(description["loss_guard"])  # else it would judge another loss
     if world.is_main:
         checkpoints.set_aside_after(found)
     log.info("resumed %s", found.path)
-    return found.step, dataset
-
-
-def load(engine: Engine, found: checkpoints.Checkpoint, world: World) -> None:
-    """Weights, moments and averages of a checkpoint that fits.
-
-    Raises:
-        SharedError: a rank could not read its part.
-    """
-    everywhere(lambda: checkpoints.restore(found, engine.pieces()), world.device)
-    engine.updates = found.index["updates"]
-    engine.refresh()
-
-
-class Streak(NamedTuple):
-    """Steps in a row that were not applied.
-
-    Attributes:
-        skipped: so many, up to the last one.
-        went_back: before them the run went back, and nothing was applied since.
-    """
-
-    skipped: int = 0
-    went_back: bool = False
-
-
-def settle(job: Job, recent: Sequence[StepResult], streak: Streak) -> Streak:
-    """Name steps that were not applied, for which the device is waited for; go back where too many were in a row."""
-    for result in recent:
-        if result.applied:
-            streak = Streak()
-        else:
-            streak = streak._replace(skipped=streak.skipped + 1)
-            keys = [key for key in result.keys if key]
-            job.start.check()
-            append(job.config.run_dir / SKIPPED, {"step": result.step + 1, "keys": keys})
-    if streak.skipped < job.config.guard.max_skipped_steps:
-        return streak
-    go_back(job, recent[-1].step + 1, streak)
-    return Streak(went_back=True)
-
-
-def go_back(job: Job, done: int, streak: Streak) -> None:
-    """Load the newest sound checkpoint from before the steps that were skipped; the data goes on where it is.
-
-    Args:
-        job: the run.
-        done: steps done, the skipped ones included.
-        streak: of those.
-
-    Raises:
-        UserError: there is no such checkpoint, or going back has not helped.
-    """
-    config, root = job.config, checkpoints_dir(job.config.run_dir)
-    job.watch.at(done - 1, "going back to a checkpoint")
-    wait_for_save(job)
-    found = None if streak.went_back else checkpoints.choose(root, job.world, before=done - streak.skipped + 1)
-    if found is None:
-        raise SharedError(
-            f"guard.max_skipped_steps: the last {streak.skipped} steps were dropped, each for a gradient that was not "
-            "finite or a loss that leapt, and there is no checkpoint to go back to that would help; lower "
-            f"optimizer.lr, or look at the samples in {config.run_dir / SKIPPED}"
-        )
-    load(job.engine, found, job.world)
-    if job.world.is_main:
-        checkpoints.discard_after(snapshots_dir(config.run_dir), found.step)
-    log.error("step %d: back to the weights of %s; the data goes on", done, found.path)
+    return programme
 
 
 def loop(job: Job, start: int) -> Ending:
     """Steps `start` … `config.steps`, with metrics and checkpoints; returns how it ended."""
-    config = job.config
+    config, drawn = job.config, job.phase.images_seen(start)
     if start >= config.steps:
         log.info("nothing to do: %d of %d steps are done; raise `steps` to train on", start, config.steps)
         return "done"
@@ -258,7 +217,12 @@ def loop(job: Job, start: int) -> Ending:
     done, streak, recent = start, Streak(), list[StepResult]()
     with progress("loss {task.fields[loss]:.4f} · {task.fields[rate]:.1f} images/s") as bar, requests.listening():
         bar.add_task("train", total=config.steps, completed=start, loss=float("nan"), rate=0.0)
+        compile_ahead(job, start)
         for step in range(start, config.steps):
+            if step == job.phase.until:
+                job = turn(job)
+                batches = batches_of(job, step)
+                reporter.turn(job)
             began = time.perf_counter()
             result = train_step(job, batches, step, requests.heard())
             done = step + 1
@@ -266,13 +230,13 @@ def loop(job: Job, start: int) -> Ending:
             told = agreed.exchange(result.tally.values)
             before = None if told is None else Tally(told)
             wish = Wish() if before is None else before.wish
-            saving = any(wish) or done == config.steps or done % config.checkpoint.every_steps == 0
-            logging = saving or done % config.log.every_steps == 0
+            saving = any(wish) or done == config.steps or done % job.config.checkpoint.every_steps == 0
+            logging = saving or done % job.config.log.every_steps == 0
             reporter.take(result, before, time.perf_counter() - began)
             recent.append(result)
             if logging:
                 reporter.flush(bar)
-                check_damage(config, int(bad), (done - start) * config.global_batch)
+                check_damage(job.config, int(bad), job.phase.images_seen(done) - drawn)
                 streak = settle(job, recent, streak)
                 recent.clear()
             reporter.show(result, done)
@@ -290,8 +254,40 @@ def loop(job: Job, start: int) -> Ending:
         reporter.close()
         requests.forget_files()
     said = "done" if done == config.steps else "stopped as asked, the same command goes on from here"
-    log.info("%s: %d steps, %s images, in %s", said, done, f"{done * config.global_batch:,}", config.run_dir)
+    log.info("%s: %d steps, %s images, in %s", said, done, f"{job.phase.images_seen(done):,}", config.run_dir)
     return "done" if done == config.steps else "stopped" if requests.for_good else "left"
+
+
+def turn(job: Job) -> Job:
+    """The next phase begins."""
+    phase = job.programme.phases[job.phase.number + 1]
+    enter(phase, job.config, job.engine, job.saver, job.watch, job.guard)
+    dataset = job.programme.datasets[phase.number].to(job.world.device)
+    job = job._replace(config=phase.config, dataset=dataset, portions=portions_of(phase, job.world), phase=phase)
+    announce(job, phase.start)
+    compile_ahead(job, phase.start)
+    return job
+
+
+def compile_ahead(job: Job, start: int) -> None:
+    """Compile the blocks for each bucket of the phase, forward and backward, so that none of its steps has to.
+
+    Every rank calls it. Nothing changes but what is compiled: the batches are empty, and no gradient is kept.
+    """
+    if not job.config.engine.compile or start == job.phase.until:
+        return
+    began, mixture, slots = time.perf_counter(), job.dataset.mixture, np.arange(job.portions.micro_batch)
+    for bucket in mixture.buckets:
+        job.watch.at(start, f"compiling bucket {bucket.name}")
+        item = WorkItem(start, bucket, slots, (None,) * len(slots))
+        (batch,) = make_batches([item], mixture, **reading(job))
+        batch = batch.to(job.world.device)
+        draws = draw_step(job.config, start, len(job.dataset.encoders), batch.bucket).of(batch.slots, job.world.device)
+        kernel, blocks = job.kernels[job.phase.number, batch.bucket], job.engine.engine.module.blocks
+        with attention.using(kernel), backward_at_once(blocks):
+            losses_of(job, batch, draws)
+    names = ", ".join(bucket.name for bucket in mixture.buckets)
+    log.info("compiled for buckets %s in %.0f s", names, time.perf_counter() - began)
 
 
 def batches_of(job: Job, start: int) -> Iterator[Batch]:
@@ -303,16 +299,24 @@ def batches_of(job: Job, start: int) -> Iterator[Batch]:
         job.portions,
         rank=job.world.rank,
         start_step=start,
-        stop_step=config.steps,
-        noise=functools.partial(draw_noise, config.flow.coupling, config.seed),
-        view=functools.partial(draw_view, config.seed, mixture.raw),
-        captions=job.dataset.online is not None,
-        counts=job.dataset.counted if job.dataset.online is None else (),
+        stop_step=job.phase.until,
         workers=config.data.workers,
         pin_memory=job.world.device.type == "cuda",
         worker_init=outlive_signals,
+        **reading(job),
     )
     return prefetch(batches, job.world.device)
+
+
+def reading(job: Job) -> dict[str, Any]:
+    """How samples become batches: arguments of `make_batches` and `build_loader`."""
+    config, dataset = job.config, job.dataset
+    return {
+        "noise": functools.partial(draw_noise, config.flow.coupling, config.seed),
+        "view": functools.partial(draw_view, config.seed, dataset.mixture.raw, jitter=config.flow.sigma > 0),
+        "captions": dataset.online is not None,
+        "counts": dataset.counted if dataset.online is None else (),
+    }
 
 
 class StepResult(NamedTuple):
@@ -329,6 +333,7 @@ class StepResult(NamedTuple):
         applied: False where a gradient was not finite or the loss leapt, so that nothing was changed; shape (), bool.
         bucket: latent (height, width).
         data_wait_s: time spent waiting for the loader.
+        transport_s: time that matching noise with images took, waiting for the device included.
     """
 
     step: int
@@ -341,6 +346,7 @@ class StepResult(NamedTuple):
     applied: Tensor
     bucket: tuple[int, int]
     data_wait_s: float
+    transport_s: float
 
 
 def train_step(job: Job, batches: Iterator[Batch], step: int, wish: Wish) -> StepResult:
@@ -352,27 +358,31 @@ def train_step(job: Job, batches: Iterator[Batch], step: int, wish: Wish) -> Ste
     config, device = job.config, job.world.device
     job.watch.at(step, "starting a step")
     job.stopwatch.start()
-    draws = draw_step(config, step, len(job.dataset.encoders))
     scale = job.world.world_size / config.global_batch  # ranks' gradients are averaged
     tally, ratio = Tally.begin(job.world, wish), torch.empty(())
     waited, keys = 0.0, list[str]()
     for micro in range(job.portions.accumulation):
         batch, seconds = next_batch(job, batches, step)
         waited, keys = waited + seconds, keys + list(batch.keys)
+        if micro == 0:  # all micro-batches of a step are of one bucket
+            draws = draw_step(config, step, len(job.dataset.encoders), batch.bucket)
         drawn = draws.of(batch.slots, device)
-        with attention.using(job.kernels[batch.bucket]):  # the backward pass too: it may compute blocks again
-            losses = losses_of(job, batch, drawn) * batch.weight
-            tally.add(losses.detach(), drawn.t, batch)
-            loss, last = losses.sum() * scale, micro == job.portions.accumulation - 1
+        kernel = job.kernels[job.phase.number, batch.bucket]
+        with attention.using(kernel):  # the backward pass too: it may compute blocks again
+            errors = losses_of(job, batch, drawn) * batch.weight
+            found = errors * weight_of(config.flow, drawn.times.t)
+            tally.add(found.detach(), errors.detach(), drawn.times.t, batch)
+            loss, last = found.sum() * scale, micro == job.portions.accumulation - 1
             if last:
                 ratio, factor = agree(job, tally)
                 loss = loss * factor
             job.engine.backward(loss, last)
     job.watch.at(step, "updating the weights")
-    lr, look = learning_rate_at(config, step), look_at(job, step)
+    lr, look = learning_rate_at(job.phase, step), look_at(job, step)
     applied = job.engine.step(lr, look)
     gradient = None if look is None else look.share()
-    return StepResult(step, keys, tally, ratio, job.engine.grad_norm, gradient, lr, applied, batch.bucket, waited)
+    known = ratio, job.engine.grad_norm, gradient, lr, applied, batch.bucket
+    return StepResult(step, keys, tally, *known, waited, job.stopwatch.transport_s)
 
 
 def next_batch(job: Job, batches: Iterator[Batch], step: int) -> tuple[Batch, float]:
@@ -396,30 +406,27 @@ def agree(job: Job, tally: Tally) -> tuple[Tensor, Tensor]:
     """
     tally.seconds[job.world.rank] = job.stopwatch.stop()
     tally.share()
-    return job.guard.judge(tally.loss_by_t, tally.images_by_t)
+    return job.guard.judge(tally.error_by_t, tally.images_by_t)
 
 
 def losses_of(job: Job, batch: Batch, draws: Draws) -> Tensor:
-    """Loss of each image of a micro-batch under its draws, shape (B,)."""
-    t, dropped = draws
-    features = job.dataset.text_of(batch.tensors, batch.captions)
-    text = drop_text(features, job.dataset.encoders, dropped, job.dataset.null)
-    given = assemble(text, context_dim=job.config.model.context_dim, t5_length=job.dataset.t5_length)
-    noisy_latents, velocity = interpolate(job.dataset.latents_of(batch.tensors), batch.noise, t)
-    predicted = job.engine(noisy_latents, t, given.context, given.pooled, given.repeats)
-    return velocity_mse(predicted, velocity)
+    """Loss of each image of a micro-batch under its draws, without the weight of its t, shape (B,)."""
+    flow, dataset = job.config.flow, job.dataset
+    features = dataset.text_of(batch.tensors, batch.captions)
+    text = drop_text(features, dataset.encoders, draws.dropped, dataset.null)
+    given = assemble(text, context_dim=job.config.model.context_dim, t5_length=dataset.t5_length)
+    latents = dataset.latents_of(batch.tensors)
+    noise = batch.noise if flow.transport == "none" else matched(job, batch, latents)
+    return losses(flow, network_of(job.engine, given, flow), latents, noise, draws.times, batch.tensors.get(JITTER))
 
 
-def learning_rate_at(config: TrainConfig, step: int) -> float:
-    """The learning rate of a step, counted from 0."""
-    options = config.optimizer
-    return learning_rate(
-        step,
-        peak=options.lr,
-        warmup_steps=options.warmup_steps,
-        schedule=options.schedule,
-        decay_steps=options.decay_steps or config.steps,
-    )
+def matched(job: Job, batch: Batch, latents: Tensor) -> Tensor:
+    """The noise of a micro-batch, given to those of its images that it is nearest to."""
+    flow = job.config.flow
+    generator = keyed_generator("transport", job.config.seed, batch.step, int(batch.slots[0]))
+    with job.stopwatch.transport():
+        chosen = transport(flow.transport, latents, batch.noise, batch.weight, generator, blur=flow.transport_blur)
+    return batch.noise[chosen]
 
 
 def folders_for(job: Job, done: int, saving: bool) -> list[Folder]:
@@ -441,7 +448,7 @@ def save(job: Job, done: int, folders: Sequence[Folder]) -> None:
         updates=job.engine.updates,
         shapes=job.engine.shapes,
         description={
-            "images_seen": done * config.global_batch,
+            "images_seen": job.phase.images_seen(done),
             "config": config.model_dump(mode="json"),
             "dataset": job.dataset.identity(),
             "null": config.conditioning.null,
@@ -449,15 +456,6 @@ def save(job: Job, done: int, folders: Sequence[Folder]) -> None:
         },
         folders=folders,
     )
-
-
-def wait_for_save(job: Job) -> None:
-    """Let a save that is being written end; one that has failed is reported, and the run goes on without it."""
-    try:
-        job.saver.wait()
-    except SaveError as error:
-        if job.world.is_main:
-            log.error("%s; the run goes on", error)
 
 
 def _name_bad(job: Job, batch: Batch) -> None:

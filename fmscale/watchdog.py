@@ -174,17 +174,20 @@ class Watchdog:
         working: Callable[[], int] = int,
         start: Start | None = None,
     ) -> None:
-        self._world, self._run_dir, self._limits, self._working = world, run_dir, limits, working
+        self._world, self._run_dir, self._working = world, run_dir, working
+        self.tune(limits)
         self._start = start
         self._told_s = math.inf
         self._place = Place(host=socket.gethostname())  # of the loop's thread, which alone changes it
         self._beats = 0
-        if not world.is_main:  # rank 0 judges who is behind
-            self._limits = limits._replace(stalled_s=math.inf)
         self._seen = {rank: Sighting() for rank in range(world.world_size if world.is_main else 1)}
         self._verdict = ""
         self._over = threading.Event()
         self._store = self._join()
+
+    def tune(self, limits: Limits) -> None:
+        """Go on with other limits; rank 0 alone judges who is behind."""
+        self._limits = limits if self._world.is_main else limits._replace(stalled_s=math.inf)
 
     def at(self, step: int, doing: str) -> None:
         """This rank has gone on to something else; all ranks say the same in the same order.

@@ -77,7 +77,7 @@ def test_a_preset_trains_on_what_the_published_encoders_give(
     path = CONFIGS_DIR / f"{preset}.yaml"
     family = load(TrainConfig, path).model.family
     config = load(TrainConfig, path, [f"run_dir={tmp_path / 'run'}", f"data.path={datasets[family]}"])
-    assert len(check_setup(config, world_size=8).mixture) == 1
+    assert len(check_setup(config, world_size=8).datasets[0].mixture) == 1
     assert main(["train", str(path), f"run_dir={tmp_path / 'run'}", f"data.path={tmp_path / 'none'}"]) == 2
     assert f"{tmp_path / 'none'}: no such folder" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

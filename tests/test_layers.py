@@ -15,7 +15,11 @@ HEAVY = {
     "transformers": {"encoders/*", "export.py"},
     "open_clip": {"encoders/*"},
     "torchao": {"engine/fp8.py"},
-    "diffusers": {"encoders/vae.py", "export.py", "quickstart.py"},
+    "torchmetrics": {"quality.py"},
+    "matplotlib": {"plots.py"},
+    "ot": {"flow/transport.py"},
+    "torchdiffeq": {"flow/solver.py"},
+    "diffusers": {"encoders/vae.py", "export.py", "pipelines.py", "quickstart.py", "self_check.py"},
 }
 
 

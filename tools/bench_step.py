@@ -33,25 +33,23 @@ from torch import Tensor, nn
 
 from fmscale import log
 from fmscale.batch import Batch
-from fmscale.building import attention_shapes, build_engine
+from fmscale.building import build_engine, check_setup, kernels_of
 from fmscale.config import TrainConfig, check, merge
 from fmscale.control import Wish
 from fmscale.data.index_build import build_index
 from fmscale.data.order import split
 from fmscale.data.shards import ShardWriter
-from fmscale.dataset import open_dataset
 from fmscale.distributed import World, world_from_environment
 from fmscale.draws import draw_step, drop_text
 from fmscale.encoders.null import save_null
 from fmscale.encoders.text import assemble
-from fmscale.engine import attention
 from fmscale.engine.optim import AdamWEMA, parameter_groups
 from fmscale.engine.saver import Retention, Saver
 from fmscale.engine.zero import Engine, deepspeed_config, init_process_group
 from fmscale.flow.loss import velocity_mse
 from fmscale.flow.path import interpolate
 from fmscale.guards import LossGuard, Stopwatch
-from fmscale.runs import ATTENTION, build_model
+from fmscale.runs import build_model
 from fmscale.starts import new_start
 from fmscale.tally import BINS
 from fmscale.train import Job, batches_of, train_step
@@ -207,11 +205,11 @@ def make_job(config: TrainConfig, world: World, watch: Watchdog) -> Job:
     engine = build_engine(config, world.device, portions.micro_batch)
     saver = Saver(config.run_dir / "checkpoints", world, Retention(1))
     guard = LossGuard(BINS, config.guard.max_loss_ratio, world.device)
-    dataset = open_dataset(config).to(world.device)
+    programme = check_setup(config, world.world_size)
+    phase, dataset = programme.phases[0], programme.datasets[0].to(world.device)
     start = new_start(config.run_dir, world)
-    shapes = attention_shapes(config, dataset, portions.micro_batch, world.device)
-    kernels, _ = attention.agree(config.engine.attention, shapes, config.run_dir / ATTENTION, world)
-    tools = start, saver, watch, guard, Stopwatch(world.device), kernels
+    kernels, _ = kernels_of(programme, config.run_dir, world)
+    tools = start, saver, watch, guard, Stopwatch(world.device), programme, phase, kernels
     return Job(config, dataset, engine, world, portions, *tools)
 
 
@@ -257,8 +255,8 @@ def bare_step(job: Job, batch: Batch, clock: Clock) -> Callable[[], None]:
     options = config.optimizer
     groups = parameter_groups(model, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
-    t, dropped = (drawn.to(device) for drawn in draw_step(config, 0, len(dataset.encoders)))
-    text = drop_text(batch.tensors, dataset.encoders, dropped, dataset.null)
+    drawn = draw_step(config, 0, len(dataset.encoders), batch.bucket).of(batch.slots, device)
+    t, text = drawn.times.t, drop_text(batch.tensors, dataset.encoders, drawn.dropped, dataset.null)
     given = assemble(text, context_dim=config.model.context_dim, t5_length=dataset.t5_length)
     noisy_latents, velocity = interpolate(batch.tensors["latents"].float(), batch.noise, t)
 

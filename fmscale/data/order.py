@@ -55,7 +55,8 @@ class Order:
     samples in with its next epoch.
 
     Args:
-        generations: by their steps, the first from step 0 on; buckets and datasets are numbered as in the last.
+        generations: by their steps, the first being that with which the order begins; buckets and datasets are
+            numbered as in the last.
         global_batch: images per step, at most 2**20.
         seed: any integer.
         weights: share of each dataset in the samples, > 0; None for shares by size.
@@ -71,7 +72,7 @@ class Order:
         run: int = 1,
     ):
         assert generations, "there must be data"
-        assert generations[0].step == 0, "there must be data from step 0 on"
+        self._first = generations[0].step
         self.names = tuple(generations[-1].sizes)
         self.global_batch = global_batch
         datasets = len(generations[-1].sizes[self.names[0]])
@@ -89,7 +90,7 @@ class Order:
         """Bucket, datasets and rows of a step, whatever steps were asked for before.
 
         Args:
-            step: optimizer step, >= 0.
+            step: optimizer step, from the first generation's on.
         """
         era = self._era(step)
         bucket = int(era.buckets.items(step - era.step, 1)[0])
@@ -107,7 +108,7 @@ class Order:
         """How many samples of a dataset and bucket come before a step."""
         if not self._eras:
             return 0
-        era = self._era(step - 1) if step else self._eras[0]
+        era = self._era(step - 1) if step > self._first else self._eras[0]
         images = era.steps_before(step, bucket) * self.global_batch
         return era.drawn[bucket][part] + (era.parts[bucket].before(images, part) if images else 0)
 

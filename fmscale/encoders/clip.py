@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fmscale.encoders.weights import check_readable
+from fmscale.encoders.weights import check_safetensors
 from fmscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -98,7 +98,12 @@ def load_open_clip(name: str, checkpoint: Path) -> nn.Module:
     return tower
 
 
-def _tower_config(name: str) -> dict[str, Any]:
+def model_config(name: str) -> dict[str, Any]:
+    """What open_clip says of a model.
+
+    Raises:
+        UserError: it knows no such model.
+    """
     import open_clip
 
     known = open_clip.list_models()  # checked first: open_clip would look for other names on the network
@@ -106,7 +111,11 @@ def _tower_config(name: str) -> dict[str, Any]:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else "open_clip.list_models() names them"
         raise UserError(f"open_clip has no model {name!r}; {hint}")
-    config = open_clip.get_model_config(name)
+    return open_clip.get_model_config(name)
+
+
+def _tower_config(name: str) -> dict[str, Any]:
+    config = model_config(name)
     extra = sorted(key for key, value in config["text_cfg"].items() if key not in TOWER_KEYS and value)
     if extra:
         raise UserError(
@@ -121,12 +130,7 @@ def _read_tower(checkpoint: Path) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     roots = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
-    if checkpoint.suffix != ".safetensors" or not checkpoint.is_file():
-        raise UserError(
-            f"{checkpoint}: not a .safetensors file; only safetensors are read: where you trust the weights that you "
-            "have, load them elsewhere and write state_dict() again with safetensors.torch.save_file"
-        )
-    check_readable(checkpoint)
+    check_safetensors(checkpoint)
     with safe_open(checkpoint, framework="pt") as file:
         named = {name.removeprefix("module.").removeprefix("text."): name for name in file.keys()}  # noqa: SIM118
         return {short: file.get_tensor(name) for short, name in named.items() if short.startswith(roots)}

@@ -190,15 +190,8 @@ def reopen_text_encoders(
     Raises:
         UserError: one is gone, or is another than the one that made the dataset.
     """
-    sources = {role: made["source"] for role, made in made_by["text"].items()}
-    for role, folder in moved.items():
-        sources[role] = _moved(Path(folder), sources.get(role, {}))
-    for role, source in sources.items():
-        place = source.get("path") or source.get("checkpoint") or ""
-        if not Path(place).exists():
-            raise UserError(f"{place}: {role} of the dataset is no longer there; give its folder: {option}{role}=DIR")
     text = load_text_encoders(
-        sources,
+        find_text_encoders(made_by, moved, option),
         made_by["t5_length"],
         device,
         dtype,
@@ -211,6 +204,22 @@ def reopen_text_encoders(
                 f"{role}: the weights are not those that made the dataset; give its folder: {option}{role}=DIR"
             )
     return text
+
+
+def find_text_encoders(made_by: Mapping[str, Any], moved: Mapping[str, str], option: str) -> dict[str, dict[str, Any]]:
+    """What `load_text_encoders` takes for those that made a dataset; arguments as of `reopen_text_encoders`.
+
+    Raises:
+        UserError: one is gone.
+    """
+    sources = {role: made["source"] for role, made in made_by["text"].items()}
+    for role, folder in moved.items():
+        sources[role] = _moved(Path(folder), sources.get(role, {}))
+    for role, source in sources.items():
+        place = source.get("path") or source.get("checkpoint") or ""
+        if not Path(place).exists():
+            raise UserError(f"{place}: {role} of the dataset is no longer there; give its folder: {option}{role}=DIR")
+    return sources
 
 
 def _moved(place: Path, source: Mapping[str, Any]) -> dict[str, Any]:

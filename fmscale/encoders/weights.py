@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fmscale.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<folder>[\w./-]+))?")
 FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model")  # no pickle is fetched, so none can be read
@@ -105,6 +108,34 @@ def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
     for name in names:
         check_readable(folder / name)
     return tuple(folder / name for name in names)
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a file that a person names.
+
+    Raises:
+        UserError: as `check_safetensors`.
+    """
+    from safetensors.torch import load_file
+
+    check_safetensors(file)
+    return load_file(file)
+
+
+def check_safetensors(file: Path) -> None:
+    """Refuse a file that a person names and that holds no weights which can be read.
+
+    Raises:
+        UserError: there is no such file, it is not safetensors, or it is damaged.
+    """
+    if file.suffix == ".safetensors" and not file.is_file():
+        raise UserError(f"{file}: no such file; give the weights as one .safetensors file")
+    if file.suffix != ".safetensors":
+        raise UserError(
+            f"{file}: not a .safetensors file; only safetensors are read: where you trust the weights that you have, "
+            "load them elsewhere and write state_dict() again with safetensors.torch.save_file"
+        )
+    check_readable(file)
 
 
 def check_readable(file: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fmscale.engine.zero import gather_whole
@@ -16,12 +17,16 @@ VERSIONS = 4096  # of compiled code: more than a run has
 
 
 def prepare(blocks: Iterable[nn.Module], every: int, parts: Sequence[str], compiled: bool) -> None:
-    """Do to a network's blocks what is asked for: `recompute` first, so that what is compiled recomputes.
+    """Do to a network's blocks what is asked for, and no longer what was done before.
+
+    `recompute` comes first, so that what is compiled recomputes.
 
     Raises:
         UserError: no block has a part of such a name.
     """
     blocks = list(blocks)
+    for module in (module for block in blocks for module in block.modules()):
+        vars(module).pop("forward", None)
     recompute(blocks, every, parts)
     if compiled:
         compile_blocks(blocks)
@@ -71,6 +76,32 @@ def _forget(module: nn.Module) -> None:
         return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     module.forward = forgetful
+
+
+@contextmanager
+def backward_at_once(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Blocks that run forward in the `with` block run backward at once, so that both directions are compiled.
+
+    No weight gets a gradient, and what comes out of a block is cut off from what went in.
+    """
+    # First of the hooks: under ZeRO-3 the next one lets go of the block's weights.
+    handles = [block.register_forward_hook(_run_backward, prepend=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run_backward(block: nn.Module, inputs: Sequence[Any], outputs: Tensor | tuple[Tensor, ...]) -> Any:
+    found = (outputs,) if isinstance(outputs, Tensor) else outputs
+    ends = [tensor for tensor in found if tensor.requires_grad]
+    if not ends:
+        return outputs
+    starts = [tensor for tensor in inputs if isinstance(tensor, Tensor) and tensor.requires_grad]
+    torch.autograd.grad(ends, starts, [torch.zeros_like(end) for end in ends], allow_unused=True)
+    cut = tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in found)
+    return cut[0] if isinstance(outputs, Tensor) else cut
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:

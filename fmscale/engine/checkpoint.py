@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -311,12 +312,13 @@ def check_fits(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]], kind
         raise UserError(f"{checkpoint.path}: holds no {missing[0]}, which the config asks for; start another run_dir")
 
 
-def restore(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
+def restore(checkpoint: Checkpoint, pieces: Iterable[Piece], names: Mapping[str, str] = MappingProxyType({})) -> None:
     """Copy a checkpoint into a rank's pieces.
 
     Args:
         checkpoint: written by any world size and ZeRO stage, and found fit by `check_fits`.
         pieces: from `Engine.pieces`; call `Engine.refresh` afterwards.
+        names: of tensors that are called otherwise there, by those that they have here.
 
     Raises:
         UserError: it lacks something all the same, or cannot be read.
@@ -324,5 +326,5 @@ def restore(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> None:
     fragments = Fragments(checkpoint)
     for piece in pieces:
         for kind, tensor in piece.tensors.items():
-            for at, values in fragments.chunks(kind, piece.name, piece.start, tensor.numel()):
+            for at, values in fragments.chunks(names.get(kind, kind), piece.name, piece.start, tensor.numel()):
                 tensor.narrow(0, at - piece.start, len(values)).copy_(values)

@@ -19,6 +19,7 @@ from fmscale.log import get_logger
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch.utils.tensorboard import SummaryWriter
 
 log = get_logger(__name__)
 
@@ -56,11 +57,18 @@ class MetricsLog:
         self.records: list[dict[str, Any]] = []
         kept = keep_before(self.path, first_step)
         self.last: dict[str, Any] = kept[-1] if kept else {}
-        self.writer = None
-        if tensorboard:
+        self.writer: SummaryWriter | None = None
+        self.show(tensorboard, first_step)
+
+    def show(self, tensorboard: bool, first_step: int) -> None:
+        """Write scalars to TensorBoard from a step on, or no longer."""
+        if tensorboard and self.writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+            self.writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=first_step)
+        elif not tensorboard and self.writer is not None:
+            self.writer.close()
+            self.writer = None
 
     def add(self, **record: Any) -> None:
         """Take note of a step; values are numbers, texts, None, scalar tensors or `Named`."""
@@ -111,6 +119,11 @@ class MetricsLog:
             bucket_counts=counts[bins],
             global_step=step,
         )
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Show TensorBoard a number, where it is in use."""
+        if self.writer is not None:
+            self.writer.add_scalar(tag, value, step)
 
     def add_image(self, folder: str, image: Image.Image, step: int) -> None:
         """Keep a picture as `folder`/step-XXXXXXXX.png in the run directory, and show it in TensorBoard too.

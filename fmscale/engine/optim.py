@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,13 @@ def ema_decay(decay: float, updates: Number, warmup: bool = True) -> Number | fl
     return rising.clamp(max=decay) if isinstance(rising, Tensor) else min(decay, rising)
 
 
+def averages_of(decays: Sequence[float], sigma_rels: Sequence[float], warmup: bool) -> dict[str, Callable[[Any], Any]]:
+    """The decay of each average as a function of the updates, by its name; arguments as of `AdamWEMA`."""
+    fixed = {ema_name(decay): functools.partial(ema_decay, decay, warmup=warmup) for decay in decays}
+    power = {sigma_name(sigma): functools.partial(power_decay, sigma) for sigma in sigma_rels}
+    return {**fixed, **power}
+
+
 class AdamWEMA(torch.optim.AdamW):
     """AdamW that keeps exponential moving averages of the weights beside its moments.
 
@@ -78,13 +85,23 @@ class AdamWEMA(torch.optim.AdamW):
         **others: Any,
     ) -> None:
         super().__init__(params, fused=True, **others)
-        fixed = {ema_name(decay): functools.partial(ema_decay, decay, warmup=ema_warmup) for decay in ema_decays}
-        power = {sigma_name(sigma): functools.partial(power_decay, sigma) for sigma in ema_sigma_rels}
-        self.averages: dict[str, Callable[[Any], Any]] = {**fixed, **power}
+        self.averages = averages_of(ema_decays, ema_sigma_rels, ema_warmup)
         self.look: Callable[[Sequence[Tensor]], None] | None = None  # shown what is updated while it has its gradient
         # Read by torch's kernel, on the device: what a gradient is divided by; and 1 where the step is to be dropped.
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
+
+    def rename_averages(self, names: Sequence[str], averages: Mapping[str, Callable[[Any], Any]]) -> None:
+        """Go on with other decays: each average, in order, keeps its value.
+
+        Args:
+            names: as they are now.
+            averages: as many, under new names.
+        """
+        self.averages = dict(averages)
+        for state in self.state.values():
+            kept = [state.pop(name) for name in names]
+            state.update(zip(averages, kept, strict=True))
 
     def init_state(self, param: Tensor) -> None:
         """Give a parameter its state if it has none: zero moments, averages equal to the weights."""
@@ -146,8 +163,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decays = {name: _decays(model.get_submodule(name.rpartition(".")[0]), name, p) for name, p in params.items()}
     groups = [
-        {"params": [p for name, p in params.items() if decays[name]], "weight_decay": weight_decay},
-        {"params": [p for name, p in params.items() if not decays[name]], "weight_decay": 0.0},
+        {"params": [p for name, p in params.items() if decays[name]], "weight_decay": weight_decay, "decays": True},
+        {"params": [p for name, p in params.items() if not decays[name]], "weight_decay": 0.0, "decays": False},
     ]
     return [group for group in groups if group["params"]]
 

@@ -123,6 +123,10 @@ class Saver:
         for left in root.glob(f"{WRITING}*") if world.is_main else ():  # by a save that was killed
             shutil.rmtree(left, ignore_errors=True)
 
+    def retain(self, retention: Retention) -> None:
+        """Let others stay, once the next checkpoint is whole."""
+        self.checkpoints = self.checkpoints._replace(retention=retention)
+
     def start(
         self,
         pieces: Iterable[Piece],

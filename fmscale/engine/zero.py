@@ -214,6 +214,8 @@ class Engine:
             name: tuple(p.shape) for name, p in zip(self.names, self.params, strict=True)
         }  # ZeRO-3 hides them
         _import_muon()
+        if self.stage < 3:  # ZeRO-3 leaves one that cannot be differentiated forwards to all that follows in a process
+            torch.nn.functional.linear = torch._C._nn.linear
         if fill is not None:
             dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
             deepspeed.zero.Init(module=_Filling(model, fill, dtype), config_dict_or_path=config)
@@ -254,6 +256,13 @@ class Engine:
         self.optimizer.look = None if look is None else lambda flats: look(self._gradients(flats))
         self.engine.step()
         return self.tail.applied
+
+    def tune(self, *, betas: tuple[float, float], eps: float, weight_decay: float, clip_norm: float) -> None:
+        """Go on with other settings of the optimizer; arguments as of `AdamWEMA` and `Engine`."""
+        for group in self.zero.param_groups:
+            decay = weight_decay if group["decays"] else 0.0
+            group.update(betas=betas, eps=eps, weight_decay=decay)
+        self.tail.clip_norm = clip_norm
 
     @property
     def grad_norm(self) -> Tensor:

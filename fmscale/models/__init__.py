@@ -11,7 +11,7 @@ from fmscale.models import flux, flux_names, mmdit, mmdit_names
 from fmscale.models.flux import Flux
 from fmscale.models.initial import row_for
 from fmscale.models.mmdit import MMDiT
-from fmscale.models.published import Form
+from fmscale.models.published import Form, Part, layout
 
 MODELS = {"mmdit": MMDiT, "flux": Flux}
 INITIALISERS = {"mmdit": mmdit.INITIALISERS, "flux": flux.INITIALISERS}
@@ -34,9 +34,32 @@ def blueprint(family: str, values: Mapping[str, Any]) -> Any:
         return build(family, values)
 
 
+def file_layout(family: str, model: Any, form: str) -> dict[str, list[Part]]:
+    """What a file of a network holds.
+
+    Args:
+        family: of the network.
+        model: its weights are not looked at.
+        form: row of `FORMS`.
+
+    Returns:
+        As `published.layout`; and for the position grid of an MMDiT, which we do not store, `DIFFUSERS_POSITIONS`.
+    """
+    learned = layout(model, FORMS[family][form])
+    if family != "mmdit":
+        return learned
+    return {mmdit_names.DIFFUSERS_POSITIONS: [mmdit_names.position_part(model, form)]} | learned
+
+
 def initialise_parameter(family: str, name: str, parameter: Tensor) -> None:
     """Fill one parameter of a network as its constructor does, with torch's own random numbers."""
     row_for(name, INITIALISERS[family])(parameter, None)
+
+
+def set_positions(model: nn.Module, values: Mapping[str, Any]) -> None:
+    """Let a network that counts positions from a base resolution do so as the `model` section of a config says."""
+    if isinstance(model, MMDiT):
+        model.set_positions(values["base_size"], values["position_origin"], values["position_step"])
 
 
 def parts_of(family: str, names: Iterable[str]) -> dict[str, str]:

@@ -40,7 +40,8 @@ def mmdit_flops(model: Mapping[str, Any], height: int, width: int, text_tokens: 
     image_tokens = (height // model["patch_size"]) * (width // model["patch_size"])
     # Products of the first layers: their inputs need no gradient, so the backward pass costs these once, not twice.
     first = image_tokens * patch_values * inner + text_tokens * model["context_dim"] * inner
-    first += (TIMESTEP_FEATURES + model["pooled_dim"]) * inner
+    told = 2 if model.get("leap_embed") else 1
+    first += (told * TIMESTEP_FEATURES + model["pooled_dim"]) * inner
     last_layer = model["layers"] - 1
     blocks = [
         _joint_block(inner, image_tokens, text_tokens, layer in model["dual_attention_layers"], layer == last_layer)
@@ -48,7 +49,7 @@ def mmdit_flops(model: Mapping[str, Any], height: int, width: int, text_tokens: 
     ]
     rows = sum(9 if layer in model["dual_attention_layers"] else 6 for layer in range(model["layers"]))
     rows += 6 * last_layer + 2 + 2  # of modulation: the text's, the last text's, the last norm's
-    rest = (2 + rows) * inner**2 + image_tokens * inner * patch_values  # conditioning, modulation, projection
+    rest = (told + 1 + rows) * inner**2 + image_tokens * inner * patch_values  # conditioning, modulation, projection
     forward = first + sum(blocks) + rest
     again = sum(blocks[::recompute_every]) if recompute_every else 0
     return Flops(2 * forward, 2 * (3 * forward - first), 2 * again)
@@ -59,7 +60,7 @@ def flux_flops(model: Mapping[str, Any], height: int, width: int, text_tokens: i
     inner, patch_values = model["heads"] * model["head_dim"], model["latent_channels"] * model["patch_size"] ** 2
     image_tokens = (height // model["patch_size"]) * (width // model["patch_size"])
     tokens = image_tokens + text_tokens
-    told = 2 if model["guidance_embed"] else 1
+    told = 1 + sum(bool(model.get(name)) for name in ("guidance_embed", "leap_embed"))
     first = image_tokens * patch_values * inner + text_tokens * model["context_dim"] * inner
     first += (told * TIMESTEP_FEATURES + model["pooled_dim"]) * inner
     joint = _joint_block(inner, image_tokens, text_tokens, dual=False, last=False)

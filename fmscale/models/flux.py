@@ -39,7 +39,8 @@ from fmscale.models.layers import (
 # Parameter name -> how to fill it; AdaLN-zero, as in `mmdit`.
 INITIALISERS: dict[str, Initialiser] = {
     r"(patch_embed|context_embed)\.weight": xavier,
-    r"(timestep_mlp|guidance_mlp|pooled_mlp)\.(up|down)\.weight": normal,
+    r"((timestep_mlp|guidance_mlp|pooled_mlp)\.(up|down)|leap_mlp\.up)\.weight": normal,
+    r"leap_mlp\.down\.weight": zeros,
     r"blocks\.\d+\.(image|text)\.(qkv\.linear|out|mlp\.up|mlp\.down)\.weight": xavier,
     r"blocks\.\d+\.(enter|leave)\.weight": xavier,
     r"blocks\.\d+\.((image|text)\.qkv\.)?norm_[qk]\.weight": ones,
@@ -49,7 +50,7 @@ INITIALISERS: dict[str, Initialiser] = {
 
 # Parameter name -> the part of the network that it belongs to, by which gradients and weights are reported.
 PARTS = {
-    r"(patch_embed|context_embed|timestep_mlp|guidance_mlp|pooled_mlp)\..*": "embeddings",
+    r"(patch_embed|context_embed|timestep_mlp|guidance_mlp|leap_mlp|pooled_mlp)\..*": "embeddings",
     r"modulation\..*": "modulation",
     r"blocks\.\d+\.(image|text)\.(qkv|out)\..*": "attention",
     r"blocks\.\d+\.(image|text)\.mlp\..*": "mlp",
@@ -104,6 +105,7 @@ class Flux(nn.Module):
         rope_dims: channels of a head that turn with each axis, even numbers that make head_dim: one axis that no image
             uses, rows, columns.
         guidance_embed: the network is told how far it is to lead away from other images (FLUX.1-dev).
+        leap_embed: it is told how far it is to leap; freshly made, it does not heed that.
 
     Raises:
         UserError: widths that do not fit one another.
@@ -122,6 +124,7 @@ class Flux(nn.Module):
         pooled_dim: int = 768,
         rope_dims: tuple[int, ...] = (16, 56, 56),
         guidance_embed: bool = False,
+        leap_embed: bool = False,
     ):
         super().__init__()
         if len(rope_dims) != 3 or sum(rope_dims) != head_dim or any(size % 2 for size in rope_dims):
@@ -131,6 +134,7 @@ class Flux(nn.Module):
         self.patch_embed = Linear(patch_values, self.width)
         self.timestep_mlp = MLP(TIMESTEP_FEATURES, self.width, self.width, nn.SiLU())
         self.guidance_mlp = MLP(TIMESTEP_FEATURES, self.width, self.width, nn.SiLU()) if guidance_embed else None
+        self.leap_mlp = MLP(TIMESTEP_FEATURES, self.width, self.width, nn.SiLU()) if leap_embed else None
         self.pooled_mlp = MLP(pooled_dim, self.width, self.width, nn.SiLU())
         self.context_embed = Linear(context_dim, self.width)
         joint = [JointBlock(self.width, heads, qk_norm=True) for _ in range(layers)]
@@ -154,6 +158,7 @@ class Flux(nn.Module):
         pooled: Tensor,
         repeats: Tensor | None = None,
         guidance: Tensor | None = None,
+        leap: Tensor | None = None,
     ) -> Tensor:
         """The velocity at noisy latents.
 
@@ -165,6 +170,7 @@ class Flux(nn.Module):
             repeats: shape (L,) or (B, L): text token i stands for repeats[i] equal ones, and is not seen where that is
                 0. None means one each.
             guidance: shape (B,), for a network that is told; None means 1, no guidance, for each.
+            leap: shape (B,), in [0, 1], for a network that is told: how much of t to pass over. None means 0 for each.
 
         Returns:
             noise − data as the network sees it, shape (B, C, H, W), in the weights' dtype.
@@ -176,7 +182,7 @@ class Flux(nn.Module):
         rows, columns = patch_grid(height, width, self.patch_size)
         image = self.patch_embed(patchify(latents.to(dtype), self.patch_size))
         text = self.context_embed(context.to(dtype))
-        conditioning = self._embed_conditioning(t, pooled.to(dtype), guidance)
+        conditioning = self._embed_conditioning(t, pooled.to(dtype), guidance, leap)
         *modulations, last = self.modulation(conditioning).unflatten(-1, (-1, self.width)).split(self.rows, dim=1)
         bias = None if repeats is None else repetition_bias(repeats, image.shape[1], dtype)
         rotation = rotary_angles(rows, columns, text.shape[1], self.rope_dims, latents.device)
@@ -189,9 +195,12 @@ class Flux(nn.Module):
         patches = self.proj_out(scaled_and_shifted(tokens[:, : rows * columns], last))
         return unpatchify(patches, height, width, self.patch_size, channel_first=True)
 
-    def _embed_conditioning(self, t: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
+    def _embed_conditioning(self, t: Tensor, pooled: Tensor, guidance: Tensor | None, leap: Tensor | None) -> Tensor:
         embedding = self.timestep_mlp(timestep_features(t).to(pooled.dtype)) + self.pooled_mlp(pooled)
         if self.guidance_mlp is not None:
             told = torch.ones_like(t) if guidance is None else guidance
             embedding = embedding + self.guidance_mlp(timestep_features(told).to(pooled.dtype))
+        if self.leap_mlp is not None:
+            told = torch.zeros_like(t) if leap is None else leap
+            embedding = embedding + self.leap_mlp(timestep_features(told).to(pooled.dtype))
         return F.silu(embedding)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fmscale.models.flux import Flux
-from fmscale.models.published import Place, adopt, arguments_of, check_config, publish, shapes
+from fmscale.models.published import Place, adopt, arguments_of, check_config, publish
 
 PATCH_SIZE = 2
 
@@ -111,11 +111,6 @@ def original_form(model: Flux) -> dict[str, list[Place]]:
 
 def _original(module: str) -> Place:
     return Place(module, weight="scale" if module.endswith("_norm") else "weight")
-
-
-def diffusers_layout(model: Flux) -> dict[str, dict[str, tuple[int, ...]]]:
-    """For each of our parameters the names and shapes in FluxTransformer2DModel, one below the other."""
-    return shapes(model, diffusers_form)
 
 
 def to_diffusers(state: Mapping[str, Tensor], model: Flux) -> dict[str, Tensor]:

@@ -34,7 +34,8 @@ BASE_SPAN = 16  # of the positions of an image at the base resolution
 # block starts as the identity, and so does the output, so that the first velocity is 0.
 INITIALISERS: dict[str, Initialiser] = {
     r"(patch_embed|context_embed)\.weight": xavier,
-    r"(timestep_mlp|pooled_mlp)\.(up|down)\.weight": normal,
+    r"((timestep_mlp|pooled_mlp)\.(up|down)|leap_mlp\.up)\.weight": normal,
+    r"leap_mlp\.down\.weight": zeros,
     r"blocks\.\d+\.(image|text)\.(dual\.)?(qkv\.linear|out|mlp\.up|mlp\.down)\.weight": xavier,
     r"blocks\.\d+\.(image|text)\.(dual\.)?qkv\.norm_[qk]\.weight": ones,
     r"(modulation|proj_out)\.(weight|bias)": zeros,
@@ -43,7 +44,7 @@ INITIALISERS: dict[str, Initialiser] = {
 
 # Parameter name -> the part of the network that it belongs to, by which gradients and weights are reported.
 PARTS = {
-    r"(patch_embed|context_embed|timestep_mlp|pooled_mlp)\..*": "embeddings",
+    r"(patch_embed|context_embed|timestep_mlp|leap_mlp|pooled_mlp)\..*": "embeddings",
     r"modulation\..*": "modulation",
     r"blocks\.\d+\.(image|text)\.(dual\.)?(qkv|out)\..*": "attention",
     r"blocks\.\d+\.(image|text)\.mlp\..*": "mlp",
@@ -69,6 +70,7 @@ class MMDiT(nn.Module):
             says; None for those.
         qk_norm: normalise queries and keys (Stable Diffusion 3.5).
         dual_attention_layers: blocks, from 0, whose image stream also attends to itself (Stable Diffusion 3.5 medium).
+        leap_embed: the network is told how far it is to leap; freshly made, it does not heed that.
 
     Raises:
         UserError: a dual-attention layer that does not exist, or a width that no position features fit.
@@ -90,16 +92,17 @@ class MMDiT(nn.Module):
         position_step: float | None = None,
         qk_norm: bool = False,
         dual_attention_layers: tuple[int, ...] = (),
+        leap_embed: bool = False,
     ):
         super().__init__()
         self.width = heads * head_dim
         self.patch_size, self.pos_embed_max_size = patch_size, pos_embed_max_size
-        self.position_origin = (pos_embed_max_size - base_size) / 2 if position_origin is None else position_origin
-        self.position_step = BASE_SPAN / base_size if position_step is None else position_step
+        self.set_positions(base_size, position_origin, position_step)
         _check_shape(self.width, layers, dual_attention_layers)
         patch_values = latent_channels * patch_size**2
         self.patch_embed = Linear(patch_values, self.width)
         self.timestep_mlp = MLP(TIMESTEP_FEATURES, self.width, self.width, nn.SiLU())
+        self.leap_mlp = MLP(TIMESTEP_FEATURES, self.width, self.width, nn.SiLU()) if leap_embed else None
         self.pooled_mlp = MLP(pooled_dim, self.width, self.width, nn.SiLU())
         self.context_embed = Linear(context_dim, self.width)
         blocks = [
@@ -113,12 +116,24 @@ class MMDiT(nn.Module):
         self.proj_out = Linear(self.width, patch_values)
         self.initialise()
 
+    def set_positions(self, base_size: int, position_origin: float | None, position_step: float | None) -> None:
+        """Say where patches are; arguments as of the class."""
+        middle = (self.pos_embed_max_size - base_size) / 2
+        self.position_origin = middle if position_origin is None else position_origin
+        self.position_step = BASE_SPAN / base_size if position_step is None else position_step
+
     def initialise(self, generator: torch.Generator | None = None) -> None:
         """Write every parameter anew, after `to_empty` for instance; as the constructor does."""
         initialise(self, INITIALISERS, generator)
 
     def forward(
-        self, latents: Tensor, t: Tensor, context: Tensor, pooled: Tensor, repeats: Tensor | None = None
+        self,
+        latents: Tensor,
+        t: Tensor,
+        context: Tensor,
+        pooled: Tensor,
+        repeats: Tensor | None = None,
+        leap: Tensor | None = None,
     ) -> Tensor:
         """The velocity at noisy latents.
 
@@ -129,6 +144,7 @@ class MMDiT(nn.Module):
             pooled: pooled text, shape (B, P).
             repeats: shape (L,) or (B, L): text token i stands for repeats[i] equal ones, and is not seen where that is
                 0. None means one each.
+            leap: shape (B,), in [0, 1], for a network that is told: how much of t to pass over. None means 0 for each.
 
         Returns:
             noise − data as the network sees it, shape (B, C, H, W), in the weights' dtype.
@@ -139,7 +155,7 @@ class MMDiT(nn.Module):
         dtype = self.proj_out.weight.dtype
         image = self._embed_image(latents.to(dtype))
         text = self.context_embed(context.to(dtype))
-        conditioning = self._embed_conditioning(t, pooled.to(dtype))
+        conditioning = self._embed_conditioning(t, pooled.to(dtype), leap)
         *modulations, last = self.modulation(conditioning).unflatten(-1, (-1, self.width)).split(self.rows, dim=1)
         bias = None if repeats is None else repetition_bias(repeats, image.shape[1], dtype)
         for block, modulation in zip(self.blocks, modulations, strict=True):
@@ -161,8 +177,11 @@ class MMDiT(nn.Module):
         )
         return (self.patch_embed(patchify(latents, self.patch_size)) + positions).to(latents.dtype)
 
-    def _embed_conditioning(self, t: Tensor, pooled: Tensor) -> Tensor:
+    def _embed_conditioning(self, t: Tensor, pooled: Tensor, leap: Tensor | None) -> Tensor:
         embedding = self.timestep_mlp(timestep_features(t).to(pooled.dtype)) + self.pooled_mlp(pooled)
+        if self.leap_mlp is not None:
+            told = torch.zeros_like(t) if leap is None else leap
+            embedding = embedding + self.leap_mlp(timestep_features(told).to(pooled.dtype))
         return F.silu(embedding)
 
     def _patch_grid(self, height: int, width: int) -> tuple[int, int]:

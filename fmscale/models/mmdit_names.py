@@ -12,9 +12,19 @@ from torch import Tensor
 from fmscale.errors import UserError
 from fmscale.models.layers import JointBlock, angles, position_features, position_rows
 from fmscale.models.mmdit import MMDiT
-from fmscale.models.published import Place, adopt, arguments_of, check_config, check_state, publish, shapes
+from fmscale.models.published import (
+    Part,
+    Place,
+    adopt,
+    arguments_of,
+    check_config,
+    check_state,
+    layout,
+    publish,
+)
 
 DIFFUSERS_POSITIONS, ORIGINAL_POSITIONS = "pos_embed.pos_embed", "pos_embed"
+POSITIONS = {"diffusers": DIFFUSERS_POSITIONS, "original": ORIGINAL_POSITIONS}
 HALF_PRECISION = 1e-2  # what bfloat16 may have made of a sine
 FINEST = 1024  # positions are guessed to such parts of a patch
 
@@ -110,18 +120,9 @@ def original_form(model: MMDiT) -> dict[str, list[Place]]:
     return table | {"modulation": [*modulation, Place("final_layer.adaLN_modulation.1", 2, swapped=True)]}
 
 
-def diffusers_layout(model: MMDiT) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Where an MMDiT's weights are in SD3Transformer2DModel.
-
-    Args:
-        model: its weights are not looked at.
-
-    Returns:
-        For each of our parameters diffusers' names and shapes, one below the other; and for the position grid, which we
-        do not store, `DIFFUSERS_POSITIONS`.
-    """
-    positions = {DIFFUSERS_POSITIONS: tuple(position_grid(model, "meta").shape)}
-    return {DIFFUSERS_POSITIONS: positions} | shapes(model, diffusers_form)
+def position_part(model: MMDiT, form: str = "diffusers") -> Part:
+    """The position grid, which we do not store, in a file of one of the `POSITIONS`."""
+    return Part(POSITIONS[form], tuple(position_grid(model, "meta").shape), swapped=False)
 
 
 def to_diffusers(state: Mapping[str, Tensor], model: MMDiT) -> dict[str, Tensor]:
@@ -138,8 +139,8 @@ def from_diffusers(state: Mapping[str, Tensor], model: MMDiT) -> dict[str, Tenso
     Raises:
         UserError: also, the weights were trained with other positions.
     """
-    shaped = {name: shape for theirs in diffusers_layout(model).values() for name, shape in theirs.items()}
-    check_state(state, shaped)
+    parts = [position_part(model), *(part for held in layout(model, diffusers_form).values() for part in held)]
+    check_state(state, {part.name: part.shape for part in parts})
     check_positions(state[DIFFUSERS_POSITIONS], model)
     rest = {name: value for name, value in state.items() if name != DIFFUSERS_POSITIONS}
     return adopt(rest, model, diffusers_form)

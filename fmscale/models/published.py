@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -53,6 +54,12 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     swapped: bool
 
+    def stretches(self) -> tuple[tuple[int, int, int], ...]:
+        """Where its flattened values are: first one among ours, first one among theirs, how many."""
+        size = prod(self.shape)
+        half = size // 2
+        return ((0, half, half), (half, 0, size - half)) if self.swapped else ((0, 0, size),)
+
 
 def layout(model: nn.Module, form: Form) -> dict[str, list[Part]]:
     """Which parameters of theirs each of ours holds, one below the other.
@@ -63,11 +70,6 @@ def layout(model: nn.Module, form: Form) -> dict[str, list[Part]]:
     """
     table = form(model)
     return {name: _parts(name, tuple(like.shape), table) for name, like in model.state_dict().items()}
-
-
-def shapes(model: nn.Module, form: Form) -> dict[str, dict[str, tuple[int, ...]]]:
-    """As `layout`, their names and shapes alone."""
-    return {name: {part.name: part.shape for part in parts} for name, parts in layout(model, form).items()}
 
 
 def _parts(name: str, shape: tuple[int, ...], table: Table) -> list[Part]:

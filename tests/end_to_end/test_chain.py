@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +15,23 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fmscale import digits
 from fmscale.cli import main
 from fmscale.config import EncodeConfig, ReflowConfig, TrainConfig, check, load, merge, parse_overrides
 from fmscale.data.index import Index
 from fmscale.data.index_build import build_index
 from fmscale.data.shards import ShardWriter
-from fmscale.dataset import making
+from fmscale.dataset import making, open_mixture
 from fmscale.encode import encode
 from fmscale.encoders.text import expand
 from fmscale.engine.metrics import read_metrics
 from fmscale.errors import UserError
 from fmscale.export import export
+from fmscale.gallery import sound_samples
 from fmscale.pictures import Guidance, sample_latents
-from fmscale.quickstart import write_encoders, write_train_config
 from fmscale.reflow import reflow
 from fmscale.runs import open_run
 from fmscale.sample import EXPORT_NOTE, open_generator
 from fmscale.train import train
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as quickstart leaves it, made of 24 digits in three buckets, one of them broken, and 6 steps."""
-    out = tmp_path_factory.mktemp("chain")
-    split = digits.load_split()
-    pictures, labels = digits.enlarge(split.train_images[:24]), split.train_labels[:24]
-    (out / "images").mkdir()
-    for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        shown = picture if number % 2 else np.concatenate([picture, picture], axis=number // 2 % 2)
-        Image.fromarray(shown).save(out / "images" / f"{number:03d}.png")
-        (out / "images" / f"{number:03d}.txt").write_text(digits.caption(label))
-    (out / "images" / "broken.png").write_bytes(b"this is no picture")
-    (out / "images" / "broken.txt").write_text("nothing")
-    encode(write_encoders(out))
-    config_path = write_train_config(out)
-    overrides = ["steps=6", "global_batch=8", "micro_batch=8", "engine.dtype=fp32", "checkpoint.every_steps=3"]
-    overrides += ["ema.sigma_rels=[0.05, 0.1]", "ema.snapshot_every_steps=2"]
-    train(load(TrainConfig, config_path, overrides))
-    export(open_run(out / "run"), out / "export", dtype="fp32")
-    return out
 
 
 def test_a_broken_image_is_named_and_skipped(chain: Path) -> None:
@@ -91,11 +70,14 @@ def test_the_pipeline_draws_the_same_latents(chain: Path) -> None:
 
 
 def test_a_run_shows_what_it_draws(chain: Path, tmp_path: Path) -> None:
-    """One rank or two, under any stage, the same images of the averaged weights; and the training is none the wiser."""
+    """One rank or two, under any stage, of captions or prompts, the same images; and the training is none the wiser."""
+    mixture = open_mixture(load(TrainConfig, chain / "train.yaml").data)
+    largest = max(mixture.buckets, key=lambda bucket: bucket.count)
+    captions = [sample.read_meta()["caption"] for sample in islice(sound_samples(mixture, largest), 4)]
+    prompts = f"log.prompts={json.dumps(captions)}"
     shows = {
         "one": ["engine.zero_stage=1", "log.images_every_steps=2"],
-        "again": ["engine.zero_stage=2", "log.images_every_steps=4"],
-        "two": ["engine.zero_stage=3", "log.images_every_steps=2", "--nproc=2"],
+        "two": ["engine.zero_stage=3", "log.images_every_steps=4", prompts, "--nproc=2"],
         "none": ["engine.zero_stage=1"],
     }
     losses = {}
@@ -105,15 +87,18 @@ def test_a_run_shows_what_it_draws(chain: Path, tmp_path: Path) -> None:
         losses[name] = [record["loss"] for record in read_metrics(tmp_path / name / "metrics.jsonl")]
     assert losses["one"] == losses["none"]
     assert losses["two"] == pytest.approx(losses["none"], rel=1e-6)
-    sheets = {name: sorted((tmp_path / name / "samples").glob("*.png")) for name in ("one", "again", "two")}
+    sheets = {name: sorted((tmp_path / name / "samples").glob("*.png")) for name in ("one", "two")}
     assert [path.name for path in sheets["one"]] == ["step-00000002.png", "step-00000004.png"]
     first, last = (np.asarray(Image.open(path)).astype(int) for path in sheets["one"])
     assert first.shape[1] == 4 * (64 + 8)
     assert (first != last).any()
-    for other in (sheets["again"][0], sheets["two"][1]):
-        assert np.abs(np.asarray(Image.open(other)).astype(int) - last).max() <= 1
+    averaged, raw = np.split(last, 2)
+    assert (averaged[20:] != raw[20:]).any()  # below the titles
+    halves = np.split(np.asarray(Image.open(sheets["two"][0])).astype(int), 2)
+    for ours, theirs in zip(halves, (averaged, raw), strict=True):  # the first row of each
+        assert np.abs(ours - theirs[: len(ours)]).max() <= 1
     assert not (tmp_path / "none" / "samples").exists()
-    events = EventAccumulator(str(tmp_path / "two" / "tensorboard"), size_guidance={"images": 0})
+    events = EventAccumulator(str(tmp_path / "one" / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
     assert [event.step for event in events.Images("samples")] == [2, 4]
 
@@ -126,6 +111,12 @@ def test_images_without_the_vae_are_refused(chain: Path, tmp_path: Path) -> None
     overrides = [f"run_dir={tmp_path / 'run'}", f"data.path={latents}", "log.images_every_steps=1"]
     with pytest.raises(UserError, match=r"log\.images_every_steps: the VAE that made .* is no longer at /moved/vae"):
         train(load(TrainConfig, chain / "train.yaml", overrides))
+    shutil.rmtree(latents / "index")
+    text = {role: {**made, "source": {"path": f"/moved/{role}"}} for role, made in made_by["text"].items()}
+    build_index(latents, {**made_by, "text": text})
+    asked = r"/moved/clip_l: clip_l of the dataset is no longer there; give its folder: data\.text_encoders\.clip_l=DIR"
+    with pytest.raises(UserError, match=asked):
+        train(load(TrainConfig, chain / "train.yaml", [*overrides, "log.prompts=[a handwritten two]"]))
     assert not (tmp_path / "run").exists()
 
 
@@ -274,6 +265,73 @@ def test_every_command_that_succeeds_exits_with_zero(chain: Path, tmp_path: Path
         assert main([str(part) for part in command]) == 0, command
     sizes = {Image.open(tmp_path / name).size for name in ("run.png", "export.png")}
     assert sizes == {(72, 117)}
+
+
+def test_prompts_of_a_file_are_drawn_by_several_numbers_of_steps(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two prompts, three images of each, a strip of two numbers of steps for each; in batches as all at once."""
+    (tmp_path / "prompts.txt").write_text("a handwritten one\n\na handwritten two\n")
+    sample = ["sample", str(chain / "run"), "--images", "3", "--solver-steps", "1", "3", "--prompts"]
+    sheets = []
+    for batch in ("2", "3"):
+        out = tmp_path / f"{batch}.png"
+        assert main([*sample, str(tmp_path / "prompts.txt"), "--batch", batch, "--out", str(out)]) == 0
+        sheets.append(np.asarray(Image.open(out)).astype(int))
+    assert sheets[0].shape[1] == 2 * (64 + 8)
+    assert np.abs(sheets[0] - sheets[1]).max() <= 1
+    strips = np.split(sheets[0], 6)
+    assert all((one[:64] != other[:64]).any() for one, other in itertools.pairwise(strips))
+    assert all((strip[:64, :72] != strip[:64, 72:]).any() for strip in strips)
+    assert main([*sample, str(tmp_path / "none.txt")]) == 2
+    assert "--prompts: " in capsys.readouterr().err
+    assert main(sample[:-1]) == 2
+    assert "say what to draw" in capsys.readouterr().err
+
+
+def test_a_model_that_leaps_is_drawn_from_by_leaping_and_not_exported(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leaps = ["flow.objective=shortcut", "model.leap_embed=true", "engine.dtype=fp32", "log.images_every_steps=1"]
+    train(load(TrainConfig, chain / "train.yaml", [f"run_dir={tmp_path / 'run'}", "steps=1", "global_batch=8", *leaps]))
+    assert len(list((tmp_path / "run" / "samples").iterdir())) == 1
+    command = ["sample", str(tmp_path / "run"), "--prompt", "a handwritten one", "--out", str(tmp_path / "leap.png")]
+    assert main([*command, "--solver-steps", "2"]) == 0
+    assert main([*command, "--solver-steps", "2", "--solver", "heun", "--guidance-interval", "0.2", "0.8"]) == 0
+    assert main([*command, "--solver-steps", "3"]) == 2
+    assert "a shortcut model leaps 1, 2, 4, 8 … times, given 3" in capsys.readouterr().err
+    assert main([*command, "--guidance-interval", "0.8", "0.2"]) == 2
+    assert "two numbers that rise within [0, 1]" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "export")]) == 2
+    assert "was trained with flow.objective=shortcut" in capsys.readouterr().err
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_shift_that_follows_the_size_is_exported(chain: Path, tmp_path: Path) -> None:
+    """A stock pipeline visits the times that `fmscale sample` does, at two sizes."""
+    from diffusers import StableDiffusion3Pipeline
+
+    shifted = ["flow.shift=flux", "engine.dtype=fp32", "steps=1", "global_batch=8"]
+    train(load(TrainConfig, chain / "train.yaml", [f"run_dir={tmp_path / 'run'}", *shifted]))
+    export(open_run(tmp_path / "run"), tmp_path / "export", dtype="fp32")
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "export")
+    pipeline.set_progress_bar_config(disable=True)
+    generator = open_generator(tmp_path / "export")
+    for height, width in ((64, 64), (128, 64)):
+        pipeline(
+            "one", height=height, width=width, sigmas=[1, 2 / 3, 1 / 3], num_inference_steps=3, output_type="latent"
+        )
+        _, *shape = generator.latent_shape(height, width)
+        assert generator.times(*shape, 3) == pytest.approx(pipeline.scheduler.sigmas.tolist(), abs=1e-4)
+
+
+def test_a_clip_l_that_projects_is_not_in_a_single_file(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever reads one takes what SD3's clip_l pools as it is."""
+    assert main(["export", str(chain / "run"), str(tmp_path / "out"), "--form", "single", "--with", "text"]) == 2
+    assert "clip_l projects what it pools" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_exported_folder_has_one_set_of_weights(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:

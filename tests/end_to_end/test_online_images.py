@@ -157,7 +157,7 @@ def test_what_cannot_work_says_so(folder: Path, tmp_path: Path, capsys: pytest.C
     assert main([*start, raw, "steps=1"]) == 0
     pairs = {"teacher": str(run), "data": {"path": str(folder / "images")}, "pairs": 2, "out": str(tmp_path / "pairs")}
     (tmp_path / "reflow.yaml").write_text(yaml.safe_dump(pairs))
-    refused(["reflow", str(tmp_path / "reflow.yaml")], "holds images, pairs need text features")
+    refused(["reflow", str(tmp_path / "reflow.yaml")], "holds images, pairs need captions")
     page = ["--html", str(tmp_path / "page.html")]
     refused(["inspect", str(folder / "images"), *page], "holds images that training encodes")
     refused(["index", str(tmp_path), "--images", str(folder / "encode.yaml")], "holds no *.tar")

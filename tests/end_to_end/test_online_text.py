@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -14,6 +15,7 @@ from fmscale import digits
 from fmscale.cli import main
 from fmscale.config import EncodeConfig, TrainConfig, load
 from fmscale.data.index import Index
+from fmscale.data.mixture import Address, Mixture
 from fmscale.encode import encode
 from fmscale.engine.metrics import read_metrics
 from fmscale.errors import UserError
@@ -93,11 +95,16 @@ def test_encoders_that_have_moved_are_asked_for(folder: Path, tmp_path: Path) ->
         train(load(TrainConfig, folder / "train.yaml", [*settings, f"data.path={folder / 'latents'}", *found]))
 
 
-def test_pairs_need_features(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pairs_are_made_from_captions_as_from_their_features(folder: Path, tmp_path: Path) -> None:
     losses(folder, tmp_path / "run", "captions", "steps=1")
-    config = {"teacher": str(tmp_path / "run"), "data": {"path": str(folder / "captions")}, "pairs": 2}
+    config = {"teacher": str(tmp_path / "run"), "pairs": 2, "solver_steps": 1}
     (tmp_path / "reflow.yaml").write_text(yaml.safe_dump(config))
-    assert main(["reflow", str(tmp_path / "reflow.yaml"), f"out={tmp_path / 'pairs'}"]) == 2
-    assert "encode it again with text.online=false" in capsys.readouterr().err
-    stored = [f"data.path={folder / 'latents'}", "solver_steps=1", f"out={tmp_path / 'pairs'}"]
-    assert main(["reflow", str(tmp_path / "reflow.yaml"), *stored]) == 0
+    found = []
+    for name in ("captions", "latents"):
+        paths = [f"data.path={folder / name}", f"out={tmp_path / name}"]
+        assert main(["reflow", str(tmp_path / "reflow.yaml"), *paths]) == 0
+        found.append([Mixture([Index.open(tmp_path / name)]).sample(Address(0, row)).tensors for row in range(2)])
+    for one, other in zip(*found, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(value.float(), other[key].float(), rtol=1e-4, atol=1e-4)

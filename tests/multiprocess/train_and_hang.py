@@ -13,10 +13,10 @@ if __name__ == "__main__":
     log.setup()
     draw_step = training.draw_step
 
-    def hang(config: TrainConfig, step: int, encoders: int) -> object:
+    def hang(config: TrainConfig, step: int, encoders: int, bucket: tuple[int, int]) -> object:
         if step == 5 and os.environ["RANK"] == "1":
             threading.Event().wait()
-        return draw_step(config, step, encoders)
+        return draw_step(config, step, encoders, bucket)
 
     training.draw_step = hang
     training.train(check(TrainConfig, json.loads(sys.argv[1]), "test"))

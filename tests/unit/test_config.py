@@ -10,9 +10,16 @@ from hypothesis import strategies as st
 from fmscale.config import CONFIGS, EncodeConfig, TrainConfig, dump, flatten, load, merge, parse_overrides, schema
 from fmscale.errors import UserError
 from fmscale.flow.coupling import COUPLINGS
+from fmscale.flow.few_step import FEW_STEP
+from fmscale.flow.loss import LOSSES
+from fmscale.flow.path import PATHS
+from fmscale.flow.prediction import PREDICTIONS
 from fmscale.flow.solver import SOLVERS
 from fmscale.flow.timesteps import TIMESTEP_SAMPLERS
+from fmscale.flow.transport import TRANSPORTS
+from fmscale.flow.weights import WEIGHTS
 from fmscale.models import MODELS
+from fmscale.pictures import LEAP
 from fmscale.plain_yaml import parse_yaml
 
 BASE = "run_dir: r\nsteps: 10\nglobal_batch: 64\nmicro_batch: 8\ndata: {path: x}\n"
@@ -165,7 +172,13 @@ def test_literals_are_the_tables_rows() -> None:
     assert properties["flow.timesteps"] == set(TIMESTEP_SAMPLERS)
     assert properties["flow.coupling"] == set(COUPLINGS)
     assert properties["model.family"] == set(MODELS)
-    assert properties["solver"] == set(SOLVERS)
+    assert properties["solver"] == {*SOLVERS, "auto", LEAP}
+    assert properties["flow.loss"] == set(LOSSES)
+    assert properties["flow.weight"] == set(WEIGHTS)
+    assert properties["flow.path"] == set(PATHS)
+    assert properties["flow.prediction"] == set(PREDICTIONS)
+    assert properties["flow.transport"] == {"none", *TRANSPORTS}
+    assert properties["flow.objective"] == {"velocity", *FEW_STEP}
 
 
 def _fields(kind: type) -> list[tuple[str, tuple[object, ...]]]:

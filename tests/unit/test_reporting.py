@@ -60,7 +60,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, make_config: Make) -> TrainCon
 def test_each_step_tells_its_losses_by_timestep(run: TrainConfig) -> None:
     for record in read_metrics(run.run_dir / "metrics.jsonl"):
         assert tuple(record["loss_by_t"]) == BIN_NAMES
-        t = draw_step(run, record["step"] - 1, 2).t
+        bucket = (int(side) for side in record["bucket"].split("x"))
+        t = draw_step(run, record["step"] - 1, 2, (next(bucket), next(bucket))).times.t
         counts = [int(((t >= i / BINS) & (t < (i + 1) / BINS)).sum()) for i in range(BINS)]
         losses = list(record["loss_by_t"].values())
         if record["step"] == 5:

@@ -20,7 +20,13 @@ SNAPSHOTS = "ema.snapshot_every_steps=5"
 def test_free_keys_may_change(tmp_path: Path, make_config: Make) -> None:
     old = make_config(tmp_path)
     new = make_config(
-        tmp_path, "micro_batch=4", "engine.zero_stage=3", "data.workers=2", "log.every_steps=1", "steps=99"
+        tmp_path,
+        "micro_batch=4",
+        "engine.zero_stage=3",
+        "data.workers=2",
+        "log.every_steps=1",
+        "steps=99",
+        "validation={path: held_out}",
     )
     assert differences(old, new) == []
     averaging = "ema.sigma_rels=[0.1]"
@@ -36,6 +42,11 @@ def test_a_cosine_that_ends_at_steps_bends_with_them(tmp_path: Path, make_config
     cosine = "optimizer.schedule=cosine"
     old, new = make_config(tmp_path, cosine), make_config(tmp_path, cosine, "steps=99")
     assert differences(old, new) == ["steps: 8 in the run, 99 given"]
+    bends = "phases=[{until_step: 4}, {optimizer: {schedule: cosine}}]"
+    old, new = make_config(tmp_path, bends), make_config(tmp_path, bends, "steps=99")
+    assert differences(old, new) == ["steps: 8 in the run, 99 given"]
+    ended = "phases=[{until_step: 4, optimizer: {schedule: cosine}}, {optimizer: {schedule: constant}}]"
+    assert differences(make_config(tmp_path, ended), make_config(tmp_path, ended, "steps=99")) == []
 
 
 def test_another_config_is_refused_unless_allowed(tmp_path: Path, make_config: Make) -> None:

@@ -10,7 +10,7 @@ import pytest
 from range_server import serving
 
 from fmscale.beforehand import check_train
-from fmscale.config import EncodeConfig, TrainConfig, dump
+from fmscale.config import EncodeConfig, ReflowConfig, TrainConfig, dump
 from fmscale.errors import UserError
 from fmscale.section import check
 from fmscale.site import Site, worlds
@@ -88,11 +88,26 @@ def test_what_could_not_run_is_refused(
         ("train", {"workers": 3}, "--workers: only `encode`"),
         ("encode", {"at_once": 3}, "--at-once: .* give those too"),
         ("encode", {"flags": ["--allow-append"]}, "--allow-append: is for `train`"),
+        ("reflow", {"flags": ["--allow-pipe", "--allow-append"]}, "--allow-append: is for `train`"),
     ],
 )
 def test_arguments_of_another_command_are_refused(command: str, more: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         examine(Order(command, None, make_site(), **more))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, "teacher: .* is no run directory that has saved a checkpoint"),
+        ({"rounds": 2}, "rounds: train too, on one machine"),
+        ({"out": "a%b"}, "holds a %"),
+    ],
+)
+def test_pairs_that_could_not_be_made_are_refused(tmp_path: Path, more: dict[str, Any], said: str) -> None:
+    values = {"teacher": f"{tmp_path}/run", "prompts": f"{tmp_path}/prompts.txt", "out": f"{tmp_path}/pairs", **more}
+    with pytest.raises(UserError, match=said):
+        examine(Order("reflow", check(ReflowConfig, values, "test"), make_site()))
 
 
 def test_a_shard_that_is_gone_is_missed(make_config: Callable[..., TrainConfig], dataset: Path, tmp_path: Path) -> None:

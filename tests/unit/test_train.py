@@ -34,12 +34,12 @@ Make = Callable[..., TrainConfig]
 
 def test_draws_are_a_function_of_seed_and_step(tmp_path: Path, make_config: Make) -> None:
     config = make_config(tmp_path, "global_batch=2000", "conditioning.dropout=0.3", "flow.shift=3.0")
-    first, again, later = draw_step(config, 5, 2), draw_step(config, 5, 2), draw_step(config, 6, 2)
-    assert torch.equal(first.t, again.t)
+    first, again, later = (draw_step(config, step, 2, (8, 8)) for step in (5, 5, 6))
+    assert torch.equal(first.times.t, again.times.t)
     assert torch.equal(first.dropped, again.dropped)
-    assert not torch.equal(first.t, later.t)
+    assert not torch.equal(first.times.t, later.times.t)
     assert not torch.equal(first.dropped, later.dropped)
-    assert first.t.median().item() == pytest.approx(0.75, abs=0.03)  # 0.5, shifted: 3 t / (1 + 2 t)
+    assert first.times.t.median().item() == pytest.approx(0.75, abs=0.03)  # 0.5, shifted: 3 t / (1 + 2 t)
     assert first.dropped.all(dim=1).float().mean().item() == pytest.approx(0.3, abs=0.04)
 
 

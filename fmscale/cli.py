@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from fmscale import __version__
 from fmscale.arguments import positive
-from fmscale.drawing_arguments import evaluate_arguments, export_arguments, sample_arguments
+from fmscale.drawing_arguments import evaluate_arguments, export_arguments, import_arguments, sample_arguments
 from fmscale.errors import OutageError, SharedError, UserError
 
 _PATH_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -464,6 +464,12 @@ COMMANDS = {
         "fmscale export quickstart/run exported --dtype fp32",
         export_arguments,
         _export,
+    ),
+    "import": Command(
+        "published weights -> a run directory to sample, reflow or train from, compared with diffusers",
+        "fmscale import quickstart/export imported",
+        import_arguments,
+        lambda args: _program("importing").import_command(args),
     ),
     "reflow": Command(
         "a trained run -> (noise, latent) pairs, a dataset that train takes with flow.coupling=paired",

@@ -365,7 +365,7 @@ class TrainConfig(Section):
 
 class ReflowConfig(Section):
     teacher: Path
-    """Run directory whose averaged weights generate."""
+    """Run directory whose averaged weights generate, or the folder of a pipeline of diffusers."""
     ema_std: Width | None = None
     """Relative width of the average to use, made from the run's snapshots; null is the first that it tracked."""
     data: DataConfig | None = None

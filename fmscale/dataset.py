@@ -248,7 +248,7 @@ def making(made_by: Mapping[str, Any]) -> dict[str, Any]:
         made_by: what the manifest of a dataset says about its making.
     """
     text = {role: made.get("sha256") for role, made in made_by.get("text", {}).items()}
-    vae = {key: value for key, value in made_by.get("vae", {}).items() if key != "path"}
+    vae = {key: value for key, value in made_by.get("vae", {}).items() if key not in ("path", "copy_sha256")}
     lengths = {name: made_by.get(name) for name in ("clip_length", "t5_length")}
     return {"vae": vae, "text": text, "pipeline": made_by.get("pipeline", "sd3"), **lengths}
 

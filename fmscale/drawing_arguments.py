@@ -117,6 +117,25 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     _weights_arguments(parser)
 
 
+def import_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `fmscale import`."""
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="folder of diffusers, a pipeline's or a transformer's, its name on the Hugging Face hub, or a single "
+        ".safetensors file",
+    )
+    parser.add_argument("out", metavar="RUN", help="run directory to make; must not exist")
+    parser.add_argument(
+        "--config", metavar="FILE", help="train config whose model, flow and conditioning these are, for a single file"
+    )
+    parser.add_argument("--vae", metavar="DIR", help="folder of the VAE, where SOURCE has none")
+    parser.add_argument(
+        "--text-encoder", action="append", default=[], metavar="ROLE=DIR", help="likewise; clip_l, clip_g or t5"
+    )
+    parser.add_argument("--t5-length", type=positive, metavar="N", help="tokens of T5 (that of the stock pipeline)")
+
+
 def _solving_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--solver",

@@ -31,10 +31,11 @@ from fmscale.flow.solver import check_guidance
 from fmscale.judging import Judge, Picture, Settings, judge, trace
 from fmscale.log import get_logger
 from fmscale.pictures import check_solver, contact_sheet, default_solver, guidance_of
+from fmscale.pipelines import EXPORT_NOTE
 from fmscale.plots import NAMES, write_plots
 from fmscale.quality import FEWEST, KID_SUBSET, KID_SUBSETS, NEIGHBOURS
 from fmscale.runs import Weights, open_run
-from fmscale.sample import EXPORT_NOTE, Generator, open_generator, parse_roles
+from fmscale.sample import Generator, open_generator, parse_roles
 from fmscale.validation import RAW, HeldOut, choose, open_beside
 
 log = get_logger(__name__)

@@ -33,9 +33,9 @@ from fmscale.model_card import model_card
 from fmscale.models import blueprint, file_layout
 from fmscale.models.mmdit_names import DIFFUSERS_POSITIONS, position_parts
 from fmscale.models.published import Part, check_state
-from fmscale.pipelines import PIPELINES, WHOLE, Written, network_config, scheduler_config, stock_classes
+from fmscale.pipelines import EXPORT_NOTE, PIPELINES, WHOLE, Written, network_config, scheduler_config, stock_classes
 from fmscale.runs import Run, Weights, use_run
-from fmscale.sample import EXPORT_NOTE, load_run_text, load_run_vae, parse_roles
+from fmscale.sample import load_run_text, load_run_vae, parse_roles
 from fmscale.self_check import check_export, features_of
 from fmscale.stream import MAX_FILE_BYTES, stream_weights, write_file
 
@@ -360,6 +360,7 @@ def _note(run: Run, weights: Weights, form: str, licence: str | None) -> dict[st
         "text": run.config.conditioning.text,
         "t5_length": made.get("t5_length"),
         "encoders": sorted(made.get("text", {})),
+        "made_by": made or None,
         "base_size": model.base_size,
         "flow": run.config.flow.model_dump(mode="json"),
         "position_origin": getattr(network, "position_origin", None),

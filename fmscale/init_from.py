@@ -23,13 +23,14 @@ from fmscale.encoders.weights import model_folder, read_config, weight_files
 from fmscale.engine.fragments import raw
 from fmscale.errors import UserError
 from fmscale.models import FORMS, NAMES, blueprint
-from fmscale.models.mmdit_names import DIFFUSERS_POSITIONS, ORIGINAL_POSITIONS, check_axes
+from fmscale.models.mmdit_names import DIFFUSERS_POSITIONS, ORIGINAL_POSITIONS, check_axes, positions_of
 from fmscale.models.published import Part, check_state, layout, some
 
 PREFIXES = ("", "model.diffusion_model.")  # of single files, the second where text encoders or a VAE are in them too
 CLASSES = {"mmdit": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
 SMALL, LOOKED_AT = 1 << 16, 16  # values of tensors that are compared between ranks, and how many tensors
 QK_NORMS = (".norm_q.weight", ".norm_k.weight")
+FLUX_SIDE = 128  # latent pixels on a side of what FluxPipeline draws unless it is told a size
 NOT_THEIRS = {"base_size"}  # is not in a config.json
 
 
@@ -158,6 +159,45 @@ def open_source(place: Path, values: Mapping[str, Any]) -> Source:
     return Source(tensors, parts)
 
 
+def published_model(place: Path) -> dict[str, Any]:
+    """The `model` section of a config that fits a folder of diffusers, but for positions.
+
+    Raises:
+        UserError: it holds no such network.
+    """
+    folder = _transformer(place)
+    config = read_config(folder)
+    families = {name: family for family, name in CLASSES.items()}
+    if (given := config.get("_class_name")) not in families:
+        raise UserError(f"model.init_from: {folder} holds a {given}, which is none of {', '.join(families)}")
+    family = families[given]
+    values = _their_values(folder, family, config) | {"family": family}
+    side = config.get("sample_size", FLUX_SIDE)  # of the latents that a pipeline draws unless it is told otherwise
+    return values | {"base_size": side // values["patch_size"]}
+
+
+def learned_positions(place: Path, values: Mapping[str, Any]) -> dict[str, float]:
+    """`position_origin` and `position_step` of weights with a position grid, which says them; else nothing.
+
+    Args:
+        place: a folder of diffusers, or a single file.
+        values: the `model` section of the config.
+
+    Raises:
+        UserError: there are no weights, or they are damaged.
+    """
+    files = (place,) if place.is_file() else weight_files(_transformer(place), "diffusion_pytorch_model")
+    found = _read_heads(files)
+    names = (DIFFUSERS_POSITIONS, *(prefix + ORIGINAL_POSITIONS for prefix in PREFIXES))
+    grids = [found[name] for name in names if name in found]
+    side, width = values.get("pos_embed_max_size", 0), values["heads"] * values["head_dim"]
+    if values["family"] != "mmdit" or not grids or prod(grids[0].shape) != side**2 * width:
+        return {}  # the last is refused where the weights are opened
+    row = grids[0].values(0, side * width).unflatten(0, (side, width))
+    origin, step = positions_of(row[:, : width // 2].double())
+    return {"position_origin": origin, "position_step": step}
+
+
 def _transformer(place: Path) -> Path:
     """The folder of the network, which may be in that of a pipeline."""
     folder = model_folder(place)
@@ -175,18 +215,23 @@ def _check_config(folder: Path, family: str, values: Mapping[str, Any]) -> None:
     config = read_config(folder)
     if (given := config.get("_class_name")) != CLASSES[family]:
         raise UserError(f"model.init_from: {folder} holds a {given}; model.family {family} is a {CLASSES[family]}")
-    try:
-        theirs = NAMES[family].model_kwargs_from_diffusers(config)
-    except KeyError as error:
-        raise UserError(f"model.init_from: {folder}: its config.json lacks {error}; download it again") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model.init_from: {folder}: its config.json is damaged ({error}); download it again") from None
+    theirs = _their_values(folder, family, config)
     wrong = {name: theirs[name] for name in theirs.keys() - NOT_THEIRS if theirs[name] != values[name]}
     if wrong.get("qk_norm") is False:
         del wrong["qk_norm"]  # it is added
     if wrong:
         said = ", ".join(f"model.{name} {value} (here {values[name]})" for name, value in sorted(wrong.items()))
         raise UserError(f"model.init_from: {folder} has {said}; set the same")
+
+
+def _their_values(folder: Path, family: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of our network for the content of a folder's config.json."""
+    try:
+        return NAMES[family].model_kwargs_from_diffusers(config)
+    except KeyError as error:
+        raise UserError(f"model.init_from: {folder}: its config.json lacks {error}; download it again") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.init_from: {folder}: its config.json is damaged ({error}); download it again") from None
 
 
 def _read_heads(files: tuple[Path, ...]) -> dict[str, Stored]:

@@ -19,6 +19,7 @@ from fmscale.distributed import check_can_spawn, spawn, spawn_workers, world_fro
 from fmscale.errors import UserError
 from fmscale.evaluate import read_pictures
 from fmscale.files import replace_text
+from fmscale.imported import open_run_or_published
 from fmscale.judging import Settings, trace
 from fmscale.log import get_logger
 from fmscale.pictures import default_solver, guidance_of
@@ -62,7 +63,7 @@ def rounds(config: ReflowConfig, nproc: int = 1, allow_pipe: bool = False) -> li
         make_pairs(part, nproc, allow_pipe)
         if number == 1:
             measure(config, measured, teacher, guidance_scale=config.guidance_scale)
-        teacher = train_student(config, open_run(teacher), number, nproc)
+        teacher = train_student(config, open_run_or_published(teacher), number, nproc)
         measure(config, measured, teacher, guidance_scale=1.0)  # what guidance did, it has learned
     return measured
 
@@ -84,6 +85,8 @@ def student_of(config: ReflowConfig, teacher: Run, number: int) -> dict[str, Any
     """
     if "steps" not in config.student:
         raise UserError("student.steps: say for how many steps each round's student trains")
+    if unsaid := [key for key in ("global_batch", "micro_batch") if teacher.is_imported and key not in config.student]:
+        raise UserError(f"student.{unsaid[0]}: {teacher.path} does not say how it was trained; give that")
     folder = (config.out / f"round-{number}").absolute()
     settings = teacher.config.model_dump(mode="json")
     settings |= {"phases": [], "validation": None, "run_dir": str(folder / "run")}

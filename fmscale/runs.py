@@ -4,6 +4,7 @@ RUN/starts.jsonl      who trains here: one object when a start of the run begins
     config.yaml       the merged config, written first
     environment.json  versions, git hash, host and devices of the last start
     dataset.json      digest of every shard, of each generation of the data
+    imported.json     where its weights come from, and how they compare: `fmscale import` made it, not training
     attention.json    the kernel of each attention, for the device and the torch that it was tried with
     metrics.jsonl     one object per optimizer step
     tensorboard/      the same, as curves
@@ -55,6 +56,7 @@ FREE_KEYS = {
 }
 DATASET = "dataset.json"
 ATTENTION = "attention.json"
+IMPORTED = "imported.json"
 BEFORE_CONFIG = {STARTS, slurm.FOLDER}  # may be there before the config is
 Result = TypeVar("Result")
 Weights = str | float  # of a run: `ema`, `raw`, or the relative width of an average that is made from snapshots
@@ -104,6 +106,11 @@ def check_run_dir(config: TrainConfig, allow_changes: bool) -> None:
     nearest = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"run_dir: cannot write to {nearest}; give another run_dir")
+    if (run_dir / IMPORTED).is_file():
+        raise UserError(
+            f"run_dir: {config.run_dir} holds imported weights; give another run_dir, and "
+            f"model.init_from={config.run_dir} to start from them"
+        )
     written = run_dir / "config.yaml"
     if not written.is_file():
         if run_dir.is_dir() and {entry.name for entry in run_dir.iterdir()} - BEFORE_CONFIG:
@@ -192,15 +199,28 @@ class Run:
         return made_by
 
     @property
+    def is_imported(self) -> bool:
+        """Its weights are published ones, and what its config says of training is not so."""
+        return "imported" in self.description
+
+    @property
     def takes_guidance(self) -> bool:
         """The network is told how strong guidance is."""
         return isinstance(self.config.model, FluxConfig) and self.config.model.guidance_embed
 
     def weight_kind(self, weights: Weights) -> str:
-        """Name of weights, as checkpoints have it; `ema` is the first of several averages."""
+        """Name of weights, as checkpoints have it; `ema` is the first of several averages, and of imported weights all.
+
+        Raises:
+            UserError: it has no such weights.
+        """
         from fmscale.engine.optim import ema_names, sigma_name
         from fmscale.engine.zero import WEIGHT
 
+        if self.is_imported:
+            if isinstance(weights, float):
+                raise UserError(f"{self.path}: was imported with one set of weights, of which no average can be made")
+            return WEIGHT
         if isinstance(weights, float):
             return sigma_name(weights)
         if weights == "raw":

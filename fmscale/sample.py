@@ -7,12 +7,10 @@ flow/noise ─────► noise ────────┴► flow/solver o
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,17 +23,17 @@ from fmscale.encoders.text import (
     ROLES,
     TextEncoders,
     assemble,
-    load_text_encoders,
     reopen_text_encoders,
     trim,
     zeros_for,
 )
-from fmscale.encoders.vae import Vae, load_vae, reopen_vae
+from fmscale.encoders.vae import Vae, reopen_vae
 from fmscale.errors import UserError
 from fmscale.files import read_lines
 from fmscale.flow.noise import draw_noise
 from fmscale.flow.solver import Velocity
 from fmscale.flow.timesteps import resolve_shift
+from fmscale.imported import PublishedRun, is_published, read_published
 from fmscale.log import get_logger
 from fmscale.pictures import (
     Guidance,
@@ -49,11 +47,9 @@ from fmscale.pictures import (
     times_for,
     to_pixels,
 )
-from fmscale.pipelines import PIPELINES
 from fmscale.runs import Run, Weights, open_run
 
 log = get_logger(__name__)
-EXPORT_NOTE = "fmscale.json"  # in an exported folder: what diffusers' own files have no place for
 PICTURES = (".png", ".jpg", ".webp")
 
 
@@ -286,29 +282,33 @@ def open_generator(
     Raises:
         UserError: `source` is neither, or a frozen network is gone or is not the one that made the dataset.
     """
-    if (source / EXPORT_NOTE).is_file():
+    device = world_from_environment().device
+    if is_published(source):
         if step is not None or weights or vae or text_encoders:
             raise UserError(
                 f"{source}: an exported folder has one set of weights and brings its own networks; leave out "
                 "--step, --weights, --ema-std, --vae and --text-encoder, or give the run directory"
             )
-        return _open_export(source)
-    if (source / "model_index.json").is_file():
-        raise UserError(f"{source}: a pipeline that fmscale did not export; draw from it with diffusers")
+        published = read_published(source)
+        frozen = published.load_vae(device), published.load_text(device)
+        return _around(PublishedRun.of(published, None), "ema", *frozen, published.t5_length)
     run = open_run(source, step, weights or "ema")
-    device = world_from_environment().device
-    frozen_vae, text = load_frozen(run, vae, text_encoders or {}, device)
+    return _around(run, weights or "ema", *load_frozen(run, vae, text_encoders or {}, device), run.made_by["t5_length"])
+
+
+def _around(run: Run, weights: Weights, vae: Vae, text: TextEncoders, t5_length: int) -> Generator:
+    model = run.config.model
     return Generator(
-        model=run.model(weights or "ema").to(device),
-        vae=frozen_vae,
+        model=run.model(weights).to(world_from_environment().device),
+        vae=vae,
         text=text,
-        context_dim=run.config.model.context_dim,
-        t5_length=run.made_by["t5_length"],
+        context_dim=model.context_dim,
+        t5_length=t5_length,
         null=run.config.conditioning.null,
         masked=run.config.conditioning.text == "masked",
         flow=run.config.flow,
-        patch_size=run.config.model.patch_size,
-        base_size=run.config.model.base_size,
+        patch_size=model.patch_size,
+        base_size=model.base_size,
         takes_guidance=run.takes_guidance,
     )
 
@@ -341,60 +341,3 @@ def load_run_vae(run: Run, vae: str | None, device: torch.device) -> Vae:
 def load_run_text(run: Run, text_encoders: Mapping[str, str], device: torch.device) -> TextEncoders:
     """The text encoders that made a run's dataset; arguments and errors as of `load_frozen`."""
     return reopen_text_encoders(run.made_by, text_encoders, "--text-encoder ", device)
-
-
-def _open_export(folder: Path) -> Generator:
-    from fmscale.models import NAMES, blueprint
-
-    device = world_from_environment().device
-    note = _read_json(folder / EXPORT_NOTE)
-    if (form := note.get("form", "pipeline")) != "pipeline":
-        raise UserError(f"{folder}: was exported as {form}, which `fmscale` does not draw from; give the run directory")
-    family = note.get("family", "mmdit")  # older exports knew but one
-    names, pipeline = NAMES[family], PIPELINES[family]
-    kwargs = names.model_kwargs_from_diffusers(_read_json(folder / "transformer" / "config.json"))
-    kwargs |= {name: note.get(name) for name in ("base_size", "position_origin", "position_step")}
-    model = blueprint(family, kwargs)
-    state = {name: value.float() for name, value in _read_weights(folder / "transformer").items()}
-    model.load_state_dict(names.from_diffusers(state, model), assign=True)
-    present = {role: pipeline.folders[role] for role in note["encoders"]}  # a T5 that says zeros is not among them
-    sources = {
-        role: {"path": str(folder / model_name), "tokenizer": str(folder / tokenizer)}
-        for role, (model_name, tokenizer) in present.items()
-    }
-    return Generator(
-        model=model.requires_grad_(False).eval().to(device),
-        vae=load_vae(folder / "vae", device),
-        text=load_text_encoders(sources, note["t5_length"], device, pipeline=pipeline.text),
-        context_dim=kwargs["context_dim"],
-        t5_length=note["t5_length"],
-        null=note["null"],
-        masked=note.get("text") == "masked",  # not a word of it in older exports
-        flow=FlowConfig(**note["flow"] if "flow" in note else _older_flow(folder)),
-        patch_size=kwargs["patch_size"],
-        base_size=note["base_size"],
-        takes_guidance=kwargs.get("guidance_embed", False),
-    )
-
-
-def _older_flow(folder: Path) -> dict[str, float]:
-    """What an export of before told of its flow alone."""
-    return {"shift": _read_json(folder / "scheduler" / "scheduler_config.json")["shift"]}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); export the run again") from None
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    from fmscale.encoders.weights import weight_files
-
-    state: dict[str, Tensor] = {}
-    for file in weight_files(folder, "diffusion_pytorch_model"):
-        state |= load_file(file)
-    return state

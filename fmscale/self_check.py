@@ -116,12 +116,32 @@ def check_export(
         pipeline.register_modules(**_no_text(run))  # a GPU need not hold T5 beside the network
         stock = _ask_stock(pipeline.to(device), question)
     figures = _figures(stock, own, text, features or {})
-    _judge({name: pair for name, pair in figures.items() if not pair[0] <= pair[1]}, reader)  # NaN is apart, too
-    figures |= rounding
-    shown = ", ".join(f"{name} {value:.1e} of {bound:.1e}" for name, (value, bound) in figures.items())
-    log.info("read back through %s, against the run: %s", reader, shown)
-    told = {name: {"difference": value, "bound": bound} for name, (value, bound) in figures.items()}
-    return {"read_by": reader, **told}
+    _judge(figures, reader)
+    return _told(figures | rounding, reader)
+
+
+def check_import(run: Run, network: Any) -> dict[str, Any]:
+    """Compare a run that was imported with the network in the files that it comes from.
+
+    Args:
+        run: that was made.
+        network: as its public class reads it.
+
+    Returns:
+        As `check_export`.
+
+    Raises:
+        OutageError: they do not say the same.
+        UserError: the network says nothing finite.
+    """
+    device, question = _device(run), _question(run, None)
+    question = question._replace(noise=question.noise.to(device), given=_moved(question.given, device))
+    with _full_float32():
+        _, own = _ask_run(run, "ema", torch.float32, question, None)
+        stock = _ask_stock(_around(run, network.float()).to(device), question)
+    figures, reader = _figures(stock, own, {}, {}), type(network).__name__
+    _judge(figures, reader)
+    return _told(figures, reader)
 
 
 @contextmanager
@@ -149,7 +169,16 @@ def _figures(
     return figures
 
 
-def _judge(wrong: Mapping[str, tuple[float, float]], reader: str) -> None:
+def _told(figures: Mapping[str, tuple[float, float]], reader: str) -> dict[str, Any]:
+    """The figures, which are shown too, as they are stored."""
+    shown = ", ".join(f"{name} {value:.1e} of {bound:.1e}" for name, (value, bound) in figures.items())
+    log.info("read by %s, against the run: %s", reader, shown)
+    told = {name: {"difference": value, "bound": bound} for name, (value, bound) in figures.items()}
+    return {"read_by": reader, **told}
+
+
+def _judge(figures: Mapping[str, tuple[float, float]], reader: str) -> None:
+    wrong = {name: pair for name, pair in figures.items() if not pair[0] <= pair[1]}  # NaN is apart, too
     if wrong:
         said = ", ".join(f"{name} by {value:.1e}, at most {bound:.1e}" for name, (value, bound) in wrong.items())
         raise OutageError(f"what was written does not say what the run says, read by {reader}: {said}; it was removed")
@@ -338,7 +367,6 @@ def _by_names(run: Run, written: Written, network: Any) -> Any:
 
 def _read_pipeline(run: Run, written: Written, network: Any) -> Any:
     """The pipeline in the files around a network; its text encoders are read one at a time, but from a single file."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading
@@ -352,8 +380,16 @@ def _read_pipeline(run: Run, written: Written, network: Any) -> Any:
         if "text" in written.parts:
             no_text = _no_text(run, run.made_by["text"])
         return pipeline.from_single_file(str(written.file), config=str(written.folder), **no_text, **absent, **options)
+    return _around(run, network)
+
+
+def _around(run: Run, network: Any) -> Any:
+    """The pipeline around a network, with nothing else in it but the run's scheduler."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipeline, _ = stock_classes(run.config.model.family)
     scheduler = FlowMatchEulerDiscreteScheduler(**scheduler_config(run.config))
-    return pipeline(transformer=network, scheduler=scheduler, vae=None, **no_text)
+    return pipeline(transformer=network, scheduler=scheduler, vae=None, **_no_text(run))
 
 
 def _no_text(run: Run, but: Collection[str] = ()) -> dict[str, None]:

@@ -22,9 +22,10 @@ from fmscale.errors import UserError
 from fmscale.features import STORAGE
 from fmscale.files import read_lines
 from fmscale.flow.noise import draw_noise
+from fmscale.imported import open_run_or_published
 from fmscale.objective import shift_for
 from fmscale.pictures import check_solver, default_solver, guidance_of, sample_latents, times_for
-from fmscale.runs import Run, open_run
+from fmscale.runs import Run
 
 
 class Caption(NamedTuple):
@@ -261,9 +262,9 @@ def unit_names(pairs: int, each: int) -> list[str]:
 
 
 def open_teacher(config: ReflowConfig) -> Run:
-    """The run whose weights generate.
+    """The run whose weights generate, or an exported folder as if it were one.
 
     Raises:
         UserError: there is none, or its weights are damaged.
     """
-    return open_run(config.teacher, weights="ema" if config.ema_std is None else config.ema_std)
+    return open_run_or_published(config.teacher, "ema" if config.ema_std is None else config.ema_std)

@@ -199,7 +199,8 @@ def reopen_text_encoders(
         pipeline=made_by.get("pipeline", "sd3"),
     )
     for role, identity in text.identity().items():
-        if identity["sha256"] != made_by["text"].get(role, {}).get("sha256"):
+        made = made_by["text"].get(role, {})
+        if identity["sha256"] not in (made.get("sha256"), made.get("copy_sha256")):
             raise UserError(
                 f"{role}: the weights are not those that made the dataset; give its folder: {option}{role}=DIR"
             )

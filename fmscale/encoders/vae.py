@@ -194,8 +194,9 @@ def reopen_vae(
     if wrong := [key for key in ("channels", "factor", "scale", "shift") if given[key] != made[key]]:
         facts = ", ".join(f"{key} {given[key]} instead of {made[key]}" for key in wrong)
         raise UserError(f"{folder}: not the VAE that made the dataset: {facts}")
-    if given["sha256"] != made["sha256"] and encodes:
+    same = given["sha256"] in (made["sha256"], made.get("copy_sha256"))
+    if not same and encodes:
         raise UserError(f"{folder}: the weights are not those of the dataset's VAE; give its folder")
-    if given["sha256"] != made["sha256"]:
+    if not same:
         log.warning("the VAE's weights are not those that made the dataset: right for a finetuned decoder, else wrong")
     return vae

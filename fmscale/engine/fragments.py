@@ -81,15 +81,17 @@ def write_partition(
 
     Args:
         descriptor: of a new file.
-        tensors: `KIND/NAME` -> 1-D float32, contiguous.
+        tensors: `KIND/NAME` -> 1-D float32, contiguous; each is asked for twice.
         starts: where each NAME's piece begins in the flattened parameter.
         on_disk: is called whenever another `SYNC_BYTES` have got there.
 
     Returns:
         Its head, for the index to vouch for.
     """
-    sums = {name: zlib_ng.crc32(raw(tensor)) for name, tensor in tensors.items()}
-    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    sums: dict[str, int] = {}
+    layout: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
+    for name, tensor in tensors.items():
+        sums[name], layout[name] = zlib_ng.crc32(raw(tensor)), (tensor.dtype, tensor.shape)
     head, begins = safetensors_head(layout, {"starts": json.dumps(dict(starts)), "crc32": json.dumps(sums)})
     write_at(descriptor, head, 0)
     waiting = 0

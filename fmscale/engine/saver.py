@@ -23,11 +23,21 @@ import torch
 from torch import Tensor
 
 from fmscale.distributed import World, everywhere, total
-from fmscale.engine.checkpoint import DELETING, FORMAT, WRITING, discard, find_all, is_whole, step_of
+from fmscale.engine.checkpoint import (
+    DELETING,
+    FORMAT,
+    WRITING,
+    Checkpoint,
+    discard,
+    find_all,
+    is_whole,
+    open_checkpoint,
+    step_of,
+)
 from fmscale.engine.fragments import write_partition
 from fmscale.engine.zero import Piece
 from fmscale.errors import SharedError
-from fmscale.files import sync
+from fmscale.files import replace_text, sync
 from fmscale.log import get_logger
 
 log = get_logger(__name__)
@@ -295,6 +305,33 @@ class Saver:
                 prune(folder.root, folder.retention, final)
         except OSError as error:
             log.warning("old checkpoints in %s stay: %s", folder.root, error)
+
+
+def write_checkpoint(root: Path, index: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
+    """Write a checkpoint of one process, outside of training.
+
+    Args:
+        root: folder of checkpoints, in a run directory that nobody sees yet.
+        index: but for `partitions`.
+        tensors: `KIND/NAME` -> 1-D float32; each is asked for twice.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    folder = root / f"step-{index['step']:08d}"
+    folder.mkdir(parents=True, mode=0o700)
+    path = folder / "partition-00000-of-00001.safetensors"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        starts = {key.split("/", 1)[1]: 0 for key in tensors}
+        head = write_partition(descriptor, tensors, starts, lambda: None)
+    finally:
+        os.close(descriptor)
+    entry = {"name": path.name, "bytes": path.stat().st_size}
+    entry |= {"head_bytes": len(head), "head_sha256": hashlib.sha256(head).hexdigest()}
+    replace_text(folder / "index.json", json.dumps({**index, "partitions": [entry]}, indent=1) + "\n")
+    sync(folder)
+    return open_checkpoint(folder)
 
 
 def prune(root: Path, retention: Retention, new: Path) -> None:

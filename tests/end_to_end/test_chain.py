@@ -28,9 +28,10 @@ from fmscale.errors import UserError
 from fmscale.export import export
 from fmscale.gallery import sound_samples
 from fmscale.pictures import Guidance, sample_latents
+from fmscale.pipelines import EXPORT_NOTE
 from fmscale.reflow import reflow
 from fmscale.runs import open_run
-from fmscale.sample import EXPORT_NOTE, open_generator
+from fmscale.sample import open_generator
 from fmscale.train import train
 
 

@@ -28,8 +28,9 @@ from fmscale.features import STORAGE
 from fmscale.init_from import open_source
 from fmscale.models import mmdit_names
 from fmscale.pictures import Guidance
+from fmscale.pipelines import EXPORT_NOTE
 from fmscale.runs import open_run
-from fmscale.sample import EXPORT_NOTE, open_generator
+from fmscale.sample import open_generator
 
 TOWER = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
 MODEL = {"layers": 2, "heads": 2, "head_dim": 16, "latent_channels": 4, "context_dim": 40, "pooled_dim": 36}

@@ -23,9 +23,10 @@ from fmscale.engine.metrics import read_metrics
 from fmscale.models import flux_names
 from fmscale.models.flux import Flux
 from fmscale.pictures import guidance_of, sample_latents
+from fmscale.pipelines import EXPORT_NOTE
 from fmscale.quickstart import bundled_vae
 from fmscale.runs import open_run
-from fmscale.sample import EXPORT_NOTE, open_generator
+from fmscale.sample import open_generator
 
 CLIP_WIDTH, T5_WIDTH, T5_TOKENS = 24, 40, 24
 MODEL: dict[str, Any] = {"family": "flux", "layers": 1, "single_layers": 1, "heads": 2, "head_dim": 16}

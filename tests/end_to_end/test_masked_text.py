@@ -22,10 +22,11 @@ from fmscale.encoders.text import TRIM_TOKENS
 from fmscale.engine.metrics import read_metrics
 from fmscale.export import export
 from fmscale.pictures import Guidance, sample_latents
+from fmscale.pipelines import EXPORT_NOTE
 from fmscale.quickstart import write_encoders, write_train_config
 from fmscale.reflow import reflow
 from fmscale.runs import open_run
-from fmscale.sample import EXPORT_NOTE, open_generator
+from fmscale.sample import open_generator
 
 IMAGES, T5_TOKENS = 32, 80
 SETTINGS = ["steps=4", "global_batch=32", "micro_batch=32", "engine.dtype=fp32", "ema.warmup=true"]

@@ -15,7 +15,13 @@ from typing import Any, NamedTuple
 
 from fmscale import __version__
 from fmscale.arguments import positive
-from fmscale.drawing_arguments import evaluate_arguments, export_arguments, import_arguments, sample_arguments
+from fmscale.drawing_arguments import (
+    demo_arguments,
+    evaluate_arguments,
+    export_arguments,
+    import_arguments,
+    sample_arguments,
+)
 from fmscale.errors import OutageError, SharedError, UserError
 
 _PATH_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -452,6 +458,12 @@ COMMANDS = {
         'fmscale sample quickstart/run --prompt "a handwritten seven" --guidance-scale 4',
         sample_arguments,
         _sample,
+    ),
+    "demo": Command(
+        "a page on this machine that draws what one types, from one run or export, or from two side by side",
+        "fmscale demo quickstart/run quickstart/export",
+        demo_arguments,
+        lambda args: _program("demo").demo_command(args),
     ),
     "evaluate": Command(
         "how well trained weights do on a dataset: loss, FID, CLIP score and more, by number of steps",

@@ -136,6 +136,14 @@ def import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--t5-length", type=positive, metavar="N", help="tokens of T5 (that of the stock pipeline)")
 
 
+def demo_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `fmscale demo`."""
+    parser.add_argument("source", metavar="RUN_OR_EXPORT", help="run directory, or exported pipeline folder")
+    parser.add_argument("other", metavar="OTHER", nargs="?", help="another, or the same again, to be shown beside it")
+    parser.add_argument("--port", type=positive, default=7860, metavar="N", help="of this machine (%(default)s)")
+    _frozen_arguments(parser)
+
+
 def _solving_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--solver",
@@ -172,6 +180,10 @@ def _weights_arguments(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--ema-std", type=width, metavar="S", help="average over this relative width, made from a run's snapshots"
     )
+    _frozen_arguments(parser)
+
+
+def _frozen_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vae", metavar="DIR", help="AutoencoderKL folder, where it is no longer where encode found it"
     )

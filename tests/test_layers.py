@@ -17,6 +17,7 @@ HEAVY = {
     "torchao": {"engine/fp8.py"},
     "torchmetrics": {"quality.py"},
     "matplotlib": {"plots.py"},
+    "gradio": {"demo.py"},
     "ot": {"flow/transport.py"},
     "torchdiffeq": {"flow/solver.py"},
     "diffusers": {"encoders/vae.py", "export.py", "pipelines.py", "quickstart.py", "self_check.py"},

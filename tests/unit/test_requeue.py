@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -85,3 +86,16 @@ def test_outside_of_a_job_nothing_comes_back(tmp_path: Path, monkeypatch: pytest
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(UserError, match="not a job of Slurm's"):
         requeue(tmp_path, 0)
+
+
+@pytest.mark.parametrize("how", ["done", "stopped"])
+@pytest.mark.parametrize(("code", "kept"), [(0, 0), (140, 0), (143, 0), (1, 1), (134, 134)])
+def test_a_signal_that_meets_a_run_at_its_end_is_no_failure(
+    how: Literal["done", "stopped"], code: int, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm's reaches ranks that have said how they ended, and listen no more."""
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    start = Start(tmp_path, "12.0.0.a", Task(12, 0, "0"))
+    start.begin(ranks=4)
+    start.end(how)
+    assert requeue(tmp_path, code) == kept

@@ -125,7 +125,7 @@ def open_subject(args: argparse.Namespace) -> Subject:
     if (source / EXPORT_NOTE).is_file():
         return _of_export(source, args.data, open_generator(source, step=args.step, weights=weights, **options))
     if (source / "model_index.json").is_file():
-        raise UserError(f"{source}: a pipeline that fmscale did not export; give a run directory, or its export")
+        raise UserError(f"{source}: a pipeline that fmscale did not export; make a run of it: fmscale import")
     return _of_run(source, args.step, weights or "ema", args.data, options)
 
 

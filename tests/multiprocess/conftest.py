@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from forked import start
 
 from fmscale.config import TrainConfig
 from fmscale.distributed import World, free_port, rank_environment
@@ -19,31 +18,33 @@ TIMEOUT_S = 300
 
 
 @pytest.fixture(scope="session")
-def run_ranks() -> Callable[..., list[str]]:
+def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """Runs a program on so many ranks, with arguments; returns what each of them printed."""
 
     def run(world_size: int, program: Path, *arguments: str) -> list[str]:
-        port = free_port()
+        port, folder = free_port(), tmp_path_factory.mktemp("ranks")
+        outputs = [folder / f"{rank}.txt" for rank in range(world_size)]
         ranks = [
-            subprocess.Popen(
-                [sys.executable, str(program), *arguments],
-                env=os.environ
-                | rank_environment(World(rank, rank, world_size), "127.0.0.1", port)
+            start(
+                program,
+                arguments,
+                rank_environment(World(rank, rank, world_size), "127.0.0.1", port)
                 | {"OMP_NUM_THREADS": "1"},  # ranks that share cores wait for one another at every barrier
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
+                output,
             )
-            for rank in range(world_size)
+            for rank, output in enumerate(outputs)
         ]
+        deadline = time.monotonic() + TIMEOUT_S
         try:
-            outputs = [rank.communicate(timeout=TIMEOUT_S)[0] for rank in ranks]
+            for rank in ranks:
+                rank.join(deadline - time.monotonic())
         finally:
             for rank in ranks:
                 rank.kill()
         for rank, output in zip(ranks, outputs, strict=True):
-            assert rank.returncode == 0, output[-3000:]
-        return outputs
+            rank.join()
+            assert rank.exitcode == 0, output.read_text()[-3000:]
+        return [output.read_text() for output in outputs]
 
     return run
 

@@ -41,13 +41,13 @@ def test_the_script_leaves_and_comes_back_too(
     tmp_path: Path,
     undisturbed: Callable[[int], dict[int, float]],
 ) -> None:
-    job = by_hand(make_config(tmp_path / "run", *SLOW, "steps=60", "checkpoint.every_steps=1000"))
+    job = by_hand(make_config(tmp_path / "run", *SLOW, "steps=40", "checkpoint.every_steps=1000"))
     job.wait_for("step 20", lambda: job.steps() >= 20)
     cluster("scancel", "--signal=USR2", job.job)
     job.wait_for_end()
     assert (job.restarts(), job.endings()) == (1, ["left", "done"])
     assert f"== job {job.job} left as asked; requeued" in (tmp_path / "log.txt").read_text()
-    assert losses(job.run_dir) == undisturbed(60)
+    assert losses(job.run_dir) == undisturbed(40)
 
 
 def test_ranks_of_srun_find_one_another(

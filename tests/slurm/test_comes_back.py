@@ -31,11 +31,11 @@ def check_nothing_was_lost(job: Submitted, undisturbed: Callable[[int], dict[int
     """The run left so many times, was done in the end, went on with the next step each time, and is the same run."""
     assert job.endings() == ["left"] * left + ["done"], job.log()
     assert job.restarts() == left
-    starts = [int(step) for step in re.findall(r"^run .* steps (\d+) to 120$", job.log(), flags=re.MULTILINE)]
+    starts = [int(step) for step in re.findall(rf"^run .* steps (\d+) to {STEPS}$", job.log(), flags=re.MULTILINE)]
     stops = [int(step) for step in re.findall(r"^stopped as asked.*: (\d+) steps", job.log(), flags=re.MULTILINE)]
     assert starts == [0, *stops]
-    shown = [int(step) for step in re.findall(r"^step (\d+) of 120", job.log(), flags=re.MULTILINE)]
-    assert shown == list(range(1, 121)), "a step was lost, or done twice"
+    shown = [int(step) for step in re.findall(rf"^step (\d+) of {STEPS}", job.log(), flags=re.MULTILINE)]
+    assert shown == list(range(1, STEPS + 1)), "a step was lost, or done twice"
     assert losses(job.run_dir) == undisturbed(STEPS)
 
 
@@ -44,7 +44,7 @@ def test_three_signals(
 ) -> None:
     job = start()
     for times in (1, 2, 3):
-        train_until(job, 25 * times)
+        train_until(job, 13 * times)
         cluster("scancel", "--signal=USR2", job.job)
         job.wait_for("the job's return", lambda times=times: job.restarts() == times)
     job.wait_for_end()

@@ -59,7 +59,8 @@ def test_numbers_that_run_away_again_and_again(
     make_config: Callable[..., TrainConfig], tmp_path: Path, submit: Callable[..., Submitted]
 ) -> None:
     wild = ("optimizer.lr=1e20", "optimizer.warmup_steps=0", "guard.max_skipped_steps=3")
-    job = submit(make_config(tmp_path / "run", *wild, "steps=100", "log.every_steps=1", "checkpoint.every_steps=1"))
+    config = make_config(tmp_path / "run", *wild, "steps=100", "log.every_steps=1", "checkpoint.every_steps=1")
+    job = submit(config, "site.tasks_per_node=1")
     wait_until(lambda: job.state() == "FAILED", "the end", 480)
     assert job.restarts() == 2
     assert [failure["idle"] for failure in failures(job.run_dir)] == [0, 1, 2]
@@ -68,7 +69,7 @@ def test_numbers_that_run_away_again_and_again(
 
 
 def test_a_job_that_is_cancelled_does_not_come_back(cluster: Cluster, start: Callable[..., Submitted]) -> None:
-    job = start()
+    job = start("site.tasks_per_node=1")
     job.wait_for("step 5", lambda: job.steps() >= 5)
     cluster("scancel", job.job)
     wait_until(lambda: job.told()["EndTime"] != "Unknown" and not job.processes(0), "the end")
@@ -78,7 +79,7 @@ def test_a_job_that_is_cancelled_does_not_come_back(cluster: Cluster, start: Cal
 
 
 def test_a_run_that_is_stopped_does_not_come_back(start: Callable[..., Submitted], fmscale: Callable[..., str]) -> None:
-    job = start()
+    job = start("site.tasks_per_node=1")
     job.wait_for("step 5", lambda: job.steps() >= 5)
     assert "saves at its next step" in fmscale("stop", job.run_dir).stderr
     job.wait_for_end()

@@ -24,7 +24,7 @@ def check_it_is_the_same_run(job: Submitted, undisturbed: Callable[[int], dict[i
     """The same losses, each step once, and nothing in the run directory that is not whole."""
     assert losses(job.run_dir) == undisturbed(STEPS)
     folders = find_all(job.run_dir / "checkpoints")
-    assert folders[-1].name == "step-00000120"
+    assert folders[-1].name == f"step-{STEPS:08d}"
     assert {entry.name for entry in (job.run_dir / "checkpoints").iterdir()} == {folder.name for folder in folders}
     for folder in folders:
         verify(open_checkpoint(folder))
@@ -43,7 +43,7 @@ def test_power_cut(
     finally:
         cluster.power_on(node)
         wait_until(lambda: cluster.states()[node] == "idle", "the node's return")
-    resumed = re.findall(r"^run .* steps (\d+) to 120$", job.log(), flags=re.MULTILINE)
+    resumed = re.findall(rf"^run .* steps (\d+) to {STEPS}$", job.log(), flags=re.MULTILINE)
     assert resumed[0] == "0"
     assert int(resumed[-1]) >= 10
     check_it_is_the_same_run(job, undisturbed)

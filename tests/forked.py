@@ -19,7 +19,7 @@ SERVER.set_forkserver_preload(["deepspeed", "fmscale.train"])
 
 def start(program: Path, arguments: tuple[str, ...], environment: Mapping[str, str], output: Path) -> BaseProcess:
     """Run a program for Python in a new process, which prints to a file."""
-    process = SERVER.Process(target=_run, args=(program, arguments, dict(environment), output), daemon=True)
+    process = SERVER.Process(target=_run, args=(program, arguments, dict(environment), output))
     process.start()
     return process
 

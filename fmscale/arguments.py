@@ -14,6 +14,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """A TCP port, on a command line."""
+    if (number := positive(text)) > 65535:
+        raise argparse.ArgumentTypeError(f"must be at most 65535, given {text}")
+    return number
+
+
 def width(text: str) -> float:
     """A relative width of an average."""
     value = finite(text)

@@ -200,6 +200,8 @@ class FlowConfig(Section):
                 f"objective {self.objective} predicts velocity, by squared error, on a path without sigma; leave "
                 "prediction, loss and sigma out"
             )
+        if self.timesteps == "steps" and self.coupling != "paired":
+            raise ValueError("timesteps `steps` distil a teacher's pairs; set `coupling: paired` too")
         if self.objective == "shortcut" and self.leap_share == 1:
             raise ValueError(
                 "a shortcut is learned from velocities; let `leap_share` be below 1, so that some images tell"

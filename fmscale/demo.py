@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from fmscale.arguments import width
 from fmscale.engine.checkpoint import find_all, step_of
-from fmscale.engine.optim import sigma_name
 from fmscale.errors import UserError
 from fmscale.flow.noise import draw_noise
-from fmscale.imported import is_published
+from fmscale.imported import is_published, read_published
 from fmscale.log import get_logger
 from fmscale.pictures import check_solver, default_solver, default_steps, guidance_of
 from fmscale.runs import checkpoints_dir, open_run
@@ -69,12 +69,13 @@ class Pane:
         self._loaded: tuple[str, str] | None = None
         self._generator: Generator | None = None
         if is_published(source):
+            read_published(source).check_it_draws()
             self.steps, self.weights = [NEWEST], [ALONE]
             return
         run = open_run(source, weights=None)
         steps = [str(step_of(path)) for path in reversed(find_all(checkpoints_dir(source)))]
         self.steps = [NEWEST, *([] if run.is_imported else steps)]
-        averages = [] if run.is_imported else [f"{width:g}" for width in run.config.ema.sigma_rels]
+        averages = [] if run.is_imported else [f"{each:g}" for each in run.config.ema.sigma_rels]
         self.weights = ["ema", "raw", *averages]
 
     def generator(self, step: str, weights: str) -> Generator:
@@ -86,7 +87,9 @@ class Pane:
         if self._generator is None or self._loaded != (step, weights):
             self._generator = self._loaded = None  # what was there makes room
             given: dict[str, Any] = {"vae": self._vae, "text_encoders": self._text}
-            if weights != ALONE:
+            if self.weights != [ALONE]:
+                if step not in self.steps:
+                    raise UserError(f"checkpoint: one of {', '.join(self.steps)}, given {step!r}")
                 given |= {"step": None if step == NEWEST else int(step), "weights": weights_of(weights)}
             self._generator, self._loaded = open_generator(self.source, **given), (step, weights)
         return self._generator
@@ -119,24 +122,23 @@ def weights_of(text: str) -> str | float:
     if text in ("ema", "raw"):
         return text
     try:
-        width = float(text)
-        sigma_name(width)
-    except ValueError:
-        width = -1.0
-    if not 0 < width < 0.28:
-        raise UserError(f"weights: ema, raw, or the relative width of an average between 0 and 0.28, given {text!r}")
-    return width
+        return width(text or "")
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"EMA: ema, raw, or the relative width of an average, which {error}") from None
 
 
 def demo_command(args: argparse.Namespace) -> None:
     """`fmscale demo`: serves the page until it is interrupted."""
     sources = [Path(args.source), *([Path(args.other)] if args.other else [])]
     page = build(_gradio(), [Pane(source, args.vae, parse_roles(args.text_encoder)) for source in sources])
-    log.info("http://%s:%d shows it; Ctrl-C ends it", HOST, args.port)
     try:
-        page.launch(server_name=HOST, server_port=args.port, share=False, quiet=True, footer_links=[])
+        page.launch(
+            server_name=HOST, server_port=args.port, share=False, quiet=True, footer_links=[], prevent_thread_lock=True
+        )
     except OSError as error:
         raise UserError(f"--port: {args.port} is taken; give another") from error
+    log.info("http://%s:%d shows it; Ctrl-C ends it", HOST, args.port)
+    page.block_thread()
 
 
 def _gradio() -> Any:
@@ -160,10 +162,10 @@ def build(gradio: Any, panes: Sequence[Pane]) -> Any:
         with gradio.Accordion("more", open=False), gradio.Row():
             negative = gradio.Textbox("", label="negative prompt")
             solver = gradio.Dropdown(SOLVERS, value=SOLVERS[0], label="solver")
-            height = gradio.Number(0, label="height px, 0 as usual", precision=0, minimum=0, maximum=MOST_SIDE_PX)
-            width = gradio.Number(0, label="width px, 0 as usual", precision=0, minimum=0, maximum=MOST_SIDE_PX)
+            tall = gradio.Number(0, label="height px, 0 as usual", precision=0, minimum=0, maximum=MOST_SIDE_PX)
+            wide = gradio.Number(0, label="width px, 0 as usual", precision=0, minimum=0, maximum=MOST_SIDE_PX)
         button = gradio.Button("draw", variant="primary")
-        asked = [prompt, negative, seed, images, steps, guidance, solver, height, width]
+        asked = [prompt, negative, seed, images, steps, guidance, solver, tall, wide]
         with gradio.Row():
             for pane in panes:
                 with gradio.Column():
@@ -205,12 +207,17 @@ def check_asked(asked: Asked) -> Asked:
         UserError: there is no prompt, or an empty or a large number.
     """
     asked = asked._replace(prompt=asked.prompt or "", negative_prompt=asked.negative_prompt or "")
+    texts = asked.prompt, asked.negative_prompt
+    if any("\ud800" <= char <= "\udfff" for text in texts for char in text):
+        raise UserError("prompt: not UTF-8 text")
     if not asked.prompt.strip():
         raise UserError("prompt: say what to draw")
     bounds = {"seed": 2**63 - 1, "images": MOST_IMAGES, "steps": MOST_STEPS, "height_px": MOST_SIDE_PX}
     for name, most in {**bounds, "width_px": MOST_SIDE_PX}.items():
         value = getattr(asked, name)
-        if value is None or not 0 <= value <= most or value != int(value):
+        if not isinstance(value, (int, float)) or not 0 <= value <= most or value != int(value):
             raise UserError(f"{name}: a whole number from 0 to {most}, given {value}")
+    if not isinstance(asked.guidance_scale, (int, float)) or not 0 <= asked.guidance_scale <= MOST_GUIDANCE:
+        raise UserError(f"guidance: a number from 0 to {MOST_GUIDANCE:g}, given {asked.guidance_scale}")
     whole: dict[str, Any] = {name: int(getattr(asked, name)) for name in (*bounds, "width_px")}
     return asked._replace(**whole | {"images": max(whole["images"], 1)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fmscale.arguments import above_zero, finite, licence, positive, width
+from fmscale.arguments import above_zero, finite, licence, port, positive, width
 
 
 def sample_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +140,7 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `fmscale demo`."""
     parser.add_argument("source", metavar="RUN_OR_EXPORT", help="run directory, or exported pipeline folder")
     parser.add_argument("other", metavar="OTHER", nargs="?", help="another, or the same again, to be shown beside it")
-    parser.add_argument("--port", type=positive, default=7860, metavar="N", help="of this machine (%(default)s)")
+    parser.add_argument("--port", type=port, default=7860, metavar="N", help="of this machine (%(default)s)")
     _frozen_arguments(parser)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fmscale.engine.checkpoint import Fragments
 from fmscale.errors import UserError
+from fmscale.models import blueprint
 from fmscale.runs import Run, open_run
 
 # Keys of `model` that do not say which parameters there are.
@@ -68,4 +69,18 @@ def open_earlier_run(place: Path, values: Mapping[str, Any]) -> EarlierRun:
         raise UserError(f"model.init_from: {place} has {said}; set the same")
     if theirs["leap_embed"] and not values["leap_embed"]:
         raise UserError(f"model.init_from: {place} was trained with model.leap_embed; set the same")
+    _check_positions(place, theirs, values)
     return EarlierRun(run)
+
+
+def _check_positions(place: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Refuse to forget positions that weights have learned and a config wrote down; others follow from base_size."""
+    keys = ("position_origin", "position_step")
+    if any(theirs.get(key) is not None and ours.get(key) is None for key in keys):
+        learned = blueprint(theirs["family"], theirs)
+        taken = blueprint(ours["family"], {**ours, "leap_embed": theirs["leap_embed"]})
+        if any(getattr(learned, key) != getattr(taken, key) for key in keys):
+            said = " and ".join(f"model.{key} to {getattr(learned, key):.9g}" for key in keys)
+            raise UserError(
+                f"model.init_from: {place} learned other positions than those of model.base_size: set {said}"
+            )

@@ -28,10 +28,10 @@ from fmscale.encoders.inception import Inception
 from fmscale.errors import UserError
 from fmscale.files import new_folder
 from fmscale.flow.solver import check_guidance
+from fmscale.init_from import EXPORT_NOTE, read_note
 from fmscale.judging import Judge, Picture, Settings, judge, trace
 from fmscale.log import get_logger
 from fmscale.pictures import check_solver, contact_sheet, default_solver, guidance_of
-from fmscale.pipelines import EXPORT_NOTE
 from fmscale.plots import NAMES, write_plots
 from fmscale.quality import FEWEST, KID_SUBSET, KID_SUBSETS, NEIGHBOURS
 from fmscale.runs import Weights, open_run
@@ -146,7 +146,7 @@ def _of_run(source: Path, step: int | None, weights: Weights, data: str, options
 
 
 def _of_export(source: Path, data: str, generator: Generator) -> Subject:
-    note = json.loads((source / EXPORT_NOTE).read_text(encoding="utf-8"))
+    note = read_note(source)
     mixture = open_mixture(DataConfig(path=data))
     _check_stored(mixture)
     given, made = generator.vae.identity(), mixture.made_by.get("vae", {})

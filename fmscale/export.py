@@ -27,13 +27,13 @@ from fmscale.errors import UserError
 from fmscale.features import STORAGE
 from fmscale.files import new_folder
 from fmscale.hub import check_repository, hub_token, push
-from fmscale.init_from import PREFIXES
+from fmscale.init_from import EXPORT_NOTE, PREFIXES
 from fmscale.log import get_logger
 from fmscale.model_card import model_card
 from fmscale.models import blueprint, file_layout
 from fmscale.models.mmdit_names import DIFFUSERS_POSITIONS, position_parts
 from fmscale.models.published import Part, check_state
-from fmscale.pipelines import EXPORT_NOTE, PIPELINES, WHOLE, Written, network_config, scheduler_config, stock_classes
+from fmscale.pipelines import PIPELINES, WHOLE, Written, network_config, scheduler_config, stock_classes
 from fmscale.runs import Run, Weights, use_run
 from fmscale.sample import load_run_text, load_run_vae, parse_roles
 from fmscale.self_check import check_export, features_of

@@ -111,11 +111,11 @@ def read_lines(path: Path, option: str) -> list[str]:
         UserError: it cannot be read as UTF-8 text, or holds no such line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{option}: {path}: cannot be read: {reason}") from None
-    if not (lines := [line.strip() for line in text.splitlines() if line.strip()]):
+    if not (lines := [line.strip() for line in text.split("\n") if line.strip()]):
         raise UserError(f"{option}: {path} holds no text; write one caption a line")
     return lines
 

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from fmscale.errors import UserError
+from fmscale.errors import OutageError, UserError
 from fmscale.log import get_logger
 
 log = get_logger(__name__)
@@ -39,7 +39,7 @@ def push(folder: Path, repository: str, token: str) -> None:
     """Upload a folder to a model repository, which is made, and private, where there is none.
 
     Raises:
-        UserError: it did not get there; the folder is as it was.
+        OutageError: it did not get there; the folder is as it was.
     """
     from huggingface_hub import HfApi
 
@@ -49,7 +49,7 @@ def push(folder: Path, repository: str, token: str) -> None:
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Weights, exported by fmscale")
     except Exception as error:  # its client meets networks with many exceptions
         said = str(error).strip().split("\n")[0].replace(token, "…")
-        raise UserError(
+        raise OutageError(
             f"--push: {folder} is whole, but it did not get to {repository} ({said}); try again with: "
             f"hf upload {repository} {folder}"
         ) from None

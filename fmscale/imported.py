@@ -17,15 +17,24 @@ from torch import Tensor
 
 from fmscale.config import TrainConfig, check, load
 from fmscale.encoders.text import Pipeline as Text
-from fmscale.encoders.text import TextEncoders, load_text_encoders
+from fmscale.encoders.text import TextEncoders, assemble, load_text_encoders
 from fmscale.encoders.vae import Vae, load_vae
 from fmscale.encoders.weights import model_folder
 from fmscale.engine.checkpoint import FORMAT, Checkpoint
 from fmscale.engine.zero import WEIGHT
 from fmscale.errors import UserError
-from fmscale.init_from import Source, learned_positions, open_source, published_model
+from fmscale.flow.timesteps import FLUX_SHIFT
+from fmscale.init_from import (
+    EXPORT_NOTE,
+    Source,
+    exported_file,
+    learned_positions,
+    open_source,
+    published_model,
+    read_note,
+)
 from fmscale.models import blueprint
-from fmscale.pipelines import EXPORT_NOTE, PIPELINES
+from fmscale.pipelines import PIPELINES, Pipeline
 from fmscale.runs import Run, Weights, open_run
 
 NO_DATASET = "none"  # for a config wants to name one
@@ -84,21 +93,38 @@ class Published:
         """The VAE that it came with.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or it cannot be loaded.
         """
-        if self.vae is None:
-            raise UserError(f"{self.place}: holds a network alone, without a VAE; give a pipeline's")
+        self.check_it_draws()
+        assert self.vae is not None
         return load_vae(self.vae, device)
 
     def load_text(self, device: torch.device) -> TextEncoders:
         """The text encoders that it came with.
 
         Raises:
-            UserError: there are none.
+            UserError: there are none, or others than the network takes.
         """
-        if not self.text:
-            raise UserError(f"{self.place}: holds no text encoders; give the pipeline's folder")
-        return load_text_encoders(self.text, self.t5_length, device, pipeline=self.pipeline)
+        self.check_it_draws()
+        length = (self.note.get("made_by") or {}).get("clip_length")
+        text = load_text_encoders(self.text, self.t5_length, device, clip_length=length, pipeline=self.pipeline)
+        model = self.config.model
+        pooled = assemble(text.encode([""]), context_dim=model.context_dim, t5_length=self.t5_length).pooled
+        if pooled.shape[1] != model.pooled_dim:
+            raise UserError(
+                f"{self.place}: the network takes {model.pooled_dim} numbers of pooled text, {', '.join(self.text)} "
+                f"give {pooled.shape[1]}; give those that it was trained with"
+            )
+        return text
+
+    def check_it_draws(self) -> None:
+        """Refuse a network alone.
+
+        Raises:
+            UserError: it has no VAE, or no text encoders.
+        """
+        if self.vae is None or not self.text:
+            raise UserError(f"{self.place}: holds a network alone, without a VAE and text encoders; give a pipeline's")
 
     def made_by(self) -> dict[str, Any]:
         """What the manifest of a dataset says that these encoders make; what an export's run was trained on says more.
@@ -116,7 +142,7 @@ class Published:
                 for role, own in text.items()
             },
             "pipeline": self.pipeline,
-            "clip_length": None,
+            "clip_length": told.get("clip_length"),
             "t5_length": self.t5_length,
         }
         return {**told, **made}
@@ -136,11 +162,11 @@ def read_published(place: Path, given: Given = NOTHING) -> Published:
         UserError: there are none, they are damaged, of a network that is not ours, or do not say enough of themselves.
     """
     place = model_folder(place)
-    note = _read_json(place / EXPORT_NOTE) if (place / EXPORT_NOTE).is_file() else {}
-    file = _single_file(place, note)
+    note = read_note(place)
+    file = place if place.is_file() else exported_file(place)
     config = _config(place, file, note, given.config)
     row, brings = PIPELINES[config.model.family], (place / "model_index.json").is_file() and file is None
-    text = _text_of(place, note, row.folders) if brings else {}
+    text = _text_of(place, note, row) if brings else {}
     return Published(
         place=place.absolute(),
         file=file,
@@ -151,17 +177,6 @@ def read_published(place: Path, given: Given = NOTHING) -> Published:
         text=text | {role: {"path": str(Path(folder).absolute())} for role, folder in given.text_encoders.items()},
         t5_length=given.t5_length or note.get("t5_length") or T5_LENGTHS[row.text],
     )
-
-
-def _single_file(place: Path, note: Mapping[str, Any]) -> Path | None:
-    if place.is_file():
-        return place
-    if note.get("form") != "single":
-        return None
-    files = sorted(place.glob("*.safetensors"))
-    if len(files) != 1:
-        raise UserError(f"{place}: a single file was exported here, and there are {len(files)}; export the run again")
-    return files[0]
 
 
 def _config(place: Path, file: Path | None, note: Mapping[str, Any], like: Path | None) -> TrainConfig:
@@ -204,12 +219,37 @@ def _scheduled(place: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     scheduler = _read_json(file)
-    return {"shift": "flux" if scheduler.get("use_dynamic_shifting") else scheduler.get("shift", 1.0)}
+    if not scheduler.get("use_dynamic_shifting"):
+        return {"shift": float(scheduler.get("shift", 1.0))}
+    (low, base_shift), (high, max_shift) = FLUX_SHIFT
+    known = {"base_image_seq_len": low, "max_image_seq_len": high, "base_shift": base_shift, "max_shift": max_shift}
+    if wrong := [
+        key for key, value in {**known, "time_shift_type": "exponential"}.items() if scheduler.get(key, value) != value
+    ]:
+        raise UserError(
+            f"{file}: shifts t by {wrong[0]} {scheduler[wrong[0]]}, which only FLUX's numbers are known for"
+        )
+    return {"shift": "flux"}
 
 
-def _text_of(place: Path, note: Mapping[str, Any], folders: Mapping[str, tuple[str, str]]) -> dict[str, dict[str, str]]:
-    """The text encoders of a pipeline; in one of fmscale's a T5 that says zeros is none."""
-    found = note.get("encoders") or [role for role, (model, _) in folders.items() if (place / model).is_dir()]
+def _text_of(place: Path, note: Mapping[str, Any], row: Pipeline) -> dict[str, dict[str, str]]:
+    """The text encoders that a pipeline names; in one of fmscale's a T5 that says zeros is none.
+
+    Raises:
+        UserError: it is another pipeline, or one that it names is not there.
+    """
+    named, folders = _read_json(place / "model_index.json"), row.folders
+    if (given := named.get("_class_name")) != row.name:
+        raise UserError(f"{place}: its model_index.json is of a {given}, and its network of a {row.name}")
+    found = note.get("encoders") or [
+        role
+        for role, (model, _) in folders.items()
+        if any(named.get(model) or ())  # [null, null] is none
+    ]
+    for role in found:
+        if role not in folders or not all((place / name).is_dir() for name in folders[role]):
+            lacking = " and ".join(folders.get(role, (role,)))
+            raise UserError(f"{place}: names {role}, and {lacking} are not both there; download or export it again")
     keys = ("path", "tokenizer")
     return {
         role: dict(zip(keys, (str((place / name).absolute()) for name in folders[role]), strict=True)) for role in found
@@ -241,7 +281,7 @@ class PublishedRun(Run):
         dataset = {"path": NO_DATASET, "generations": [{"fingerprint": published.note.get("dataset_fingerprint")}]}
         description = {
             "imported": {"from": str(published.place), "digest": published.source.digest},
-            "images_seen": published.note.get("images_seen", 0),
+            "images_seen": published.note.get("images_seen"),
             "config": config.model_dump(mode="json"),
             "dataset": dataset | {"null_sha256": None, "made_by": made_by},
             "null": config.conditioning.null,
@@ -275,7 +315,7 @@ def open_run_or_published(place: Path, weights: Weights = "ema") -> Run:
     Raises:
         UserError: it is neither, is damaged, or has no such weights.
     """
-    if (place / "config.yaml").is_file() or not is_published(place):
+    if not is_published(place):
         return open_run(place, weights=weights)
     if weights != "ema":
         raise UserError(f"{place}: an exported folder has one set of weights; leave the width of an average out")
@@ -284,5 +324,7 @@ def open_run_or_published(place: Path, weights: Weights = "ema") -> Run:
 
 
 def is_published(place: Path) -> bool:
-    """Whether a folder is a network's or a pipeline's."""
-    return any((place / name).is_file() for name in ("model_index.json", EXPORT_NOTE))
+    """Whether a folder is a network's or a pipeline's, and no run directory."""
+    return not (place / "config.yaml").is_file() and any(
+        (place / name).is_file() for name in ("model_index.json", EXPORT_NOTE)
+    )

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from math import isqrt, prod
@@ -31,6 +32,16 @@ CLASSES = {"mmdit": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
 SMALL, LOOKED_AT = 1 << 16, 16  # values of tensors that are compared between ranks, and how many tensors
 QK_NORMS = (".norm_q.weight", ".norm_k.weight")
 FLUX_SIDE = 128  # latent pixels on a side of what FluxPipeline draws unless it is told a size
+EXPORT_NOTE = "fmscale.json"  # in an exported folder: what diffusers' own files have no place for
+NOTED = {
+    "form": (str,),
+    "encoders": (list,),
+    "made_by": (dict,),
+    "t5_length": (int,),
+    "base_size": (int,),
+    "flow": (dict,),
+}
+NOTED |= {"null": (str,), "text": (str,), "images_seen": (int,), "dataset_fingerprint": (str,)}
 NOT_THEIRS = {"base_size"}  # is not in a config.json
 
 
@@ -136,6 +147,7 @@ def open_source(place: Path, values: Mapping[str, Any]) -> Source:
     family = values["family"]
     model = blueprint(family, {**values, "leap_embed": False})  # no published network has that
     try:
+        place = exported_file(place) or place
         if place.is_file():
             found = _read_heads((place,))
         else:
@@ -159,6 +171,39 @@ def open_source(place: Path, values: Mapping[str, Any]) -> Source:
     return Source(tensors, parts)
 
 
+def exported_file(place: Path) -> Path | None:
+    """The single file that `fmscale export` wrote into a folder; None where it wrote none.
+
+    Raises:
+        UserError: it is not there any more.
+    """
+    if not (place / EXPORT_NOTE).is_file() or read_note(place).get("form") != "single":
+        return None
+    files = sorted(place.glob("*.safetensors"))
+    if len(files) != 1:
+        raise UserError(f"{place}: a single file was exported here, and there are {len(files)}; export the run again")
+    return files[0]
+
+
+def read_note(place: Path) -> dict[str, Any]:
+    """What `fmscale export` wrote beside the weights in a folder; nothing where it wrote none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = place / EXPORT_NOTE
+    if not file.is_file():
+        return {}
+    try:
+        note = json.loads(file.read_text(encoding="utf-8"))
+        wrong = [key for key, kinds in NOTED.items() if not isinstance(note.get(key), (*kinds, type(None)))]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {note[wrong[0]]!r}")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); export the run again") from None
+    return dict(note)
+
+
 def published_model(place: Path) -> dict[str, Any]:
     """The `model` section of a config that fits a folder of diffusers, but for positions.
 
@@ -173,6 +218,11 @@ def published_model(place: Path) -> dict[str, Any]:
     family = families[given]
     values = _their_values(folder, family, config) | {"family": family}
     side = config.get("sample_size", FLUX_SIDE)  # of the latents that a pipeline draws unless it is told otherwise
+    if not isinstance(side, int) or side < values["patch_size"] or values["patch_size"] < 1:
+        raise UserError(
+            f"model.init_from: {folder}: its config.json has sample_size {side!r} and patch_size "
+            f"{values['patch_size']!r}; download it again"
+        )
     return values | {"base_size": side // values["patch_size"]}
 
 

@@ -42,8 +42,8 @@ def model_card(run: Run, weights: Weights, note: Mapping[str, Any], written: Wri
     rows = {
         "architecture": f"{_FAMILIES[config.model.family]}, {count:,} parameters, {config.model.layers}{single} layers",
         "weights": f"{note['weights']} of step {note['step']:,}, stored as {_DTYPES[written.dtype]}",
-        "images seen": f"{note['images_seen']:,}",
-        "dataset": f"fingerprint {note['dataset_fingerprint'][:16]}",
+        "images seen": "" if note["images_seen"] is None else f"{note['images_seen']:,}",
+        "dataset": f"fingerprint {note['dataset_fingerprint'][:16]}" if note["dataset_fingerprint"] else "",
         "timesteps": f"{config.flow.timesteps}, shift {config.flow.shift}",
         **_metrics(run, weights),
         "null conditioning": _NULL_TEXT[config.conditioning.null],

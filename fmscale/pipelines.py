@@ -16,7 +16,6 @@ from fmscale.init_from import CLASSES
 from fmscale.models import flux_names, mmdit_names
 from fmscale.objective import shift_for
 
-EXPORT_NOTE = "fmscale.json"  # in an exported folder: what diffusers' own files have no place for
 WHOLE = frozenset({"vae", "text"})
 FLUX_WIDTH = 3072  # of the only FLUX that diffusers reads from a single file
 

@@ -1,7 +1,8 @@
 """A trained run -> (noise, latent) pairs, in the same indexed shards; `train` takes them with flow.coupling=paired.
 
 Work is shared as in `encode`: units, each so many pairs, which any number of workers claim (unfinished). A pair is a
-function of the config and its number: its noise is not stored but named, by a key from which `draw_noise` makes it.
+function of the config and its number, to the byte on equal hardware with as many threads: its noise is not stored but
+named, by a key from which `draw_noise` makes it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fmscale.features import STORAGE
 from fmscale.flow.coupling import NOISE_KEY
 from fmscale.log import get_logger, progress
 from fmscale.runs import Run
-from fmscale.teacher import Caption, Captions, Teacher, identity, open_captions, open_teacher, unit_names
+from fmscale.teacher import Caption, Captions, Teacher, check_drawing, identity, open_captions, open_teacher, unit_names
 from fmscale.unfinished import Outcome, check_same, clear_up, is_finished, open_job, read_manifest, tally
 
 log = get_logger(__name__)
@@ -86,8 +87,8 @@ def check_setup(config: ReflowConfig, allow_pipe: bool = False) -> Plan:
     captions = open_captions(config, run, allow_pipe)
     settings = config.model_dump(mode="json", exclude=FREE)
     settings["teacher"] = str(Path(config.teacher).absolute())
-    if captions.source is not None:
-        settings["data"] = captions.source.fingerprint
+    settings |= captions.settings  # what is in them, wherever they are
+    check_drawing(config, run, captions)
     units = unit_names(captions.pairs, config.shard_samples)
     description = {"config": settings, "units": units, "teacher": identity(config, run)}
     check_same(config.out, description)

@@ -2,6 +2,7 @@
 
 OUT/round-1/pairs, pairs.yaml    what the teacher made of noise
 OUT/round-1/run, train.yaml      the student
+OUT/settled.json                 the config that all rounds follow
 OUT/rounds.json                  straightness, and the error of few steps, of the teacher and of each student
 """
 
@@ -29,7 +30,7 @@ from fmscale.sample import open_generator
 from fmscale.train import train
 
 log = get_logger(__name__)
-ROUNDS = "rounds.json"
+ROUNDS, SETTLED = "rounds.json", "settled.json"
 STEPS, LEAPS, TRACE_STEPS, IMAGES, BATCH = (1, 2, 4, 8, 25), (1, 2, 4, 8), 100, 64, 16
 
 
@@ -56,6 +57,7 @@ def rounds(config: ReflowConfig, nproc: int = 1, allow_pipe: bool = False) -> li
         check_can_spawn(nproc)
     first = part_of(config, 1, config.teacher)
     check(TrainConfig, student_of(config, check_setup(first, allow_pipe).run, 1), "student")
+    _settle(config)
     measured, teacher = _read(config.out / ROUNDS), config.teacher
     for number in range(1, config.rounds + 1):
         part = part_of(config, number, teacher)
@@ -66,6 +68,26 @@ def rounds(config: ReflowConfig, nproc: int = 1, allow_pipe: bool = False) -> li
         teacher = train_student(config, open_run_or_published(teacher), number, nproc)
         measure(config, measured, teacher, guidance_scale=1.0)  # what guidance did, it has learned
     return measured
+
+
+def _settle(config: ReflowConfig) -> None:
+    """Write down what all rounds do, or refuse to do otherwise than those before; their number may grow.
+
+    Raises:
+        UserError: names what differs.
+    """
+    free = {"rounds", "claim_timeout_s", "text_encoders", "out"}
+    now, file = config.model_dump(mode="json", exclude=free), config.out / SETTLED
+    if not file.is_file():
+        config.out.mkdir(parents=True, exist_ok=True)
+        replace_text(file, json.dumps(now, indent=1) + "\n")
+        return
+    before = json.loads(file.read_text())
+    if wrong := [key for key in now if now[key] != before.get(key)]:
+        was, is_now = json.dumps(before.get(wrong[0])), json.dumps(now[wrong[0]])
+        raise UserError(
+            f"{config.out}: its rounds were begun with {wrong[0]} {was}, and not {is_now}; give another `out`"
+        )
 
 
 def part_of(config: ReflowConfig, number: int, teacher: Path) -> ReflowConfig:

@@ -227,7 +227,10 @@ class Run:
             return WEIGHT
         names = ema_names(self.config.ema.decays, self.config.ema.sigma_rels)
         if not names:
-            raise UserError(f"{self.path}: was trained without EMA; only its raw weights can be had (--weights raw)")
+            raise UserError(
+                f"{self.path}: was trained without EMA, and its raw weights must be asked for (--weights raw), where a "
+                "command takes those"
+            )
         return names[0]
 
     def state(self, weights: Weights) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ from fmscale.runs import Run, Weights, open_run
 
 log = get_logger(__name__)
 PICTURES = (".png", ".jpg", ".webp")
+MOST_PX = {".jpg": 65535, ".webp": 16383}  # on a side, by the formats
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,11 @@ def sample_command(args: argparse.Namespace) -> None:
         ]
         cells += [cell for row in zip(*by_steps, strict=True) for cell in zip(row, told, strict=True)]
     columns = args.images if len(counts) == 1 else len(counts)
-    contact_sheet([image for image, _ in cells], [caption for _, caption in cells], columns).save(out)
+    sheet = contact_sheet([image for image, _ in cells], [caption for _, caption in cells], columns)
+    if max(sheet.size) > MOST_PX.get(out.suffix.lower(), max(sheet.size)):
+        wanted, out = out, out.with_suffix(".png")
+        log.warning("%s: such a file takes no sheet of %d x %d px", wanted, *sheet.size)
+    sheet.save(out)
     log.info("%d images in %s", len(cells), out)
 
 

@@ -75,7 +75,8 @@ def _explain(kind: type[Section], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{name}: must be given"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{name}: {message[0].lower()}{message[1:]}; given {json.dumps(problem['input'], default=str)}"
+    given = f"; given {json.dumps(problem['input'], default=str)}" if keys else ""  # not the whole config
+    return f"{name}: {message[0].lower()}{message[1:]}{given}"
 
 
 def _sections_of(annotation: Any) -> dict[str, type[Section]]:

@@ -17,7 +17,15 @@ from fmscale.data.counts import counts_of
 from fmscale.data.mixture import Mixture
 from fmscale.dataset import is_online, making, open_mixture, open_null
 from fmscale.distributed import world_from_environment
-from fmscale.encoders.text import ROLES, TextEncoders, assemble, reopen_text_encoders, trim, zeros_for
+from fmscale.encoders.text import (
+    ROLES,
+    TextEncoders,
+    assemble,
+    find_text_encoders,
+    reopen_text_encoders,
+    trim,
+    zeros_for,
+)
 from fmscale.errors import UserError
 from fmscale.features import STORAGE
 from fmscale.files import read_lines
@@ -26,6 +34,8 @@ from fmscale.imported import open_run_or_published
 from fmscale.objective import shift_for
 from fmscale.pictures import check_solver, default_solver, guidance_of, sample_latents, times_for
 from fmscale.runs import Run
+
+MOVED = "text_encoders."  # how one gives the folder of a text encoder that is no longer where it was
 
 
 class Caption(NamedTuple):
@@ -100,11 +110,15 @@ class Captions(NamedTuple):
         by_number: reads them.
         source: dataset that they are of; None for a text file.
         pairs: how many are asked for.
+        sizes: of latents, (height, width), that there are.
+        settings: the part of the config that says which they are, by what is in them.
     """
 
     by_number: DatasetCaptions | WrittenCaptions
     source: Mixture | None
     pairs: int
+    sizes: tuple[tuple[int, int], ...]
+    settings: Mapping[str, Any]
 
 
 def open_captions(config: ReflowConfig, run: Run, allow_pipe: bool) -> Captions:
@@ -117,10 +131,39 @@ def open_captions(config: ReflowConfig, run: Run, allow_pipe: bool) -> Captions:
         source = open_mixture(config.data, allow_pipe)
         _check_source(run, source)
         assert config.pairs is not None
-        return Captions(DatasetCaptions(source, config.seed, config.data.run), source, config.pairs)
+        sizes = tuple((bucket.height, bucket.width) for bucket in source.buckets)
+        weights = [part.weight for part in config.data.mixture]
+        data = {"fingerprint": source.fingerprint, "run": config.data.run, "weights": weights}
+        by_number = DatasetCaptions(source, config.seed, config.data.run)
+        return Captions(by_number, source, config.pairs, sizes, {"data": data})
     assert config.prompts is not None
     lines = read_lines(config.prompts, "prompts")
-    return Captions(WrittenCaptions(lines, _sizes(config, run), config.seed), None, config.pairs or len(lines))
+    given = tuple(_sizes(config, run))
+    written, pairs = WrittenCaptions(lines, given, config.seed), config.pairs or len(lines)
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return Captions(written, None, pairs, given, {"prompts": {"sha256": digest}})
+
+
+def check_drawing(config: ReflowConfig, run: Run, captions: Captions) -> None:
+    """Refuse, before anything is made, what the teacher cannot draw.
+
+    Raises:
+        UserError: solver, steps or a size do not go with it, or a text encoder is gone.
+    """
+    solver, flow, model = solver_of(config, run), run.config.flow, run.config.model
+    check_solver(solver, flow)
+    covered = getattr(model, "pos_embed_max_size", None)  # rotary positions have no end
+    for size in captions.sizes:
+        if covered and max(size) > covered * model.patch_size:
+            px = run.made_by["vae"]["factor"] * covered * model.patch_size
+            raise UserError(f"sizes: the teacher's positions cover {px} px on a side, no more; give smaller images")
+        times_for(flow, shift_for(flow, model, *size), config.solver_steps, solver)
+    if captions.source is None or is_online(captions.source):
+        find_text_encoders(run.made_by, _moved(config), MOVED)
+
+
+def _moved(config: ReflowConfig) -> dict[str, str]:
+    return {role: str(folder) for role, folder in config.text_encoders.items()}
 
 
 def _sizes(config: ReflowConfig, run: Run) -> list[tuple[int, int]]:
@@ -164,7 +207,6 @@ class Teacher:
     def __init__(self, config: ReflowConfig, run: Run, captions: Captions) -> None:
         self.config, self.run = config, run
         self.solver = solver_of(config, run)
-        check_solver(self.solver, run.config.flow)
         self.device = world_from_environment().device
         conditioning = run.config.conditioning
         self.masked = conditioning.text == "masked"
@@ -184,8 +226,7 @@ class Teacher:
         return "ema" if self.config.ema_std is None else self.config.ema_std
 
     def _open_encoders(self) -> TextEncoders:
-        moved = {role: str(folder) for role, folder in self.config.text_encoders.items()}
-        return reopen_text_encoders(self.run.made_by, moved, "text_encoders.", self.device)
+        return reopen_text_encoders(self.run.made_by, _moved(self.config), MOVED, self.device)
 
     def _encode_null(self, kind: str) -> dict[str, Tensor]:
         assert self.encoders is not None

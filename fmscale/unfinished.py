@@ -78,11 +78,15 @@ def check_same(out: Path, description: Mapping[str, Any]) -> None:
     Raises:
         UserError: names the first thing that differs.
     """
+    if files := [place for place in out.parents if place.exists() and not place.is_dir()]:
+        raise UserError(f"{out}: {files[0]} is a file; give another folder")
     job = _read_job(out)
     if job is None and (not out.exists() or (out.is_dir() and {entry.name for entry in out.iterdir()} <= BEFORE)):
         return
     if job is None:
         raise UserError(f"{out} exists already; give another folder, or remove it first")
+    if job.keys() != description.keys() and not description.keys() <= job.keys():
+        raise UserError(f"{out} holds a dataset that another command makes; give another folder")
     if wrong := _difference({part: job[part] for part in description}, dict(description), ""):
         raise UserError(f"{out} was begun otherwise: {wrong}; give another folder, or remove it first")
 
@@ -307,7 +311,7 @@ class Job:
             shutil.rmtree(self._folder)
             with suppress(OSError):
                 self._out.rmdir()
-            raise UserError(f"images: not one could be encoded ({tally(reasons)})")
+            raise UserError(f"{self._out}: not one sample could be made ({tally(reasons)})")
         save_null(self._out, null)
         index = join_index(self._out, sorted(scans, key=lambda scan: scan.name), made_by)
         sync(failures)

@@ -15,13 +15,15 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fmscale.batch import Conditioning
 from fmscale.config import ReflowConfig, check
+from fmscale.encoders.text import expand
 from fmscale.export import export
 from fmscale.reflow import Plan, check_setup, make_unit
 from fmscale.runs import open_run
@@ -45,6 +47,13 @@ class Timed(torch.nn.Module):
         return found
 
 
+class WrittenOut(Teacher):
+    """One that is fed each token as often as it counts."""
+
+    def _assemble(self, text: Mapping[str, torch.Tensor]) -> Conditioning:
+        return expand(super()._assemble(text))
+
+
 def now(device: torch.device) -> float:
     """The time at which the device has done all it was given."""
     if device.type == "cuda":
@@ -62,11 +71,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--same-tokens", action="store_true", help="fmscale too is fed each of the zeros")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         config = settings(args, Path(place) / "pairs")
         plan = check_setup(config)
-        teacher = Teacher(config, plan.run, plan.captions)
+        teacher = (
+            WrittenOut(config, plan.run, plan.captions)
+            if args.same_tokens
+            else Teacher(config, plan.run, plan.captions)
+        )
         teacher.model = timed = Timed(teacher.model, teacher.device)
         batch = first_batch(plan, args.batch)
         teacher.draw(batch)  # the first pass of all allocates

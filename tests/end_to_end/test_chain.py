@@ -27,8 +27,8 @@ from fmscale.engine.metrics import read_metrics
 from fmscale.errors import UserError
 from fmscale.export import export
 from fmscale.gallery import sound_samples
+from fmscale.init_from import EXPORT_NOTE
 from fmscale.pictures import Guidance, sample_latents
-from fmscale.pipelines import EXPORT_NOTE
 from fmscale.reflow import reflow
 from fmscale.runs import open_run
 from fmscale.sample import open_generator

@@ -25,10 +25,9 @@ from fmscale import digits
 from fmscale.cli import main
 from fmscale.encoders.clip import random_clip
 from fmscale.features import STORAGE
-from fmscale.init_from import open_source
+from fmscale.init_from import EXPORT_NOTE, open_source
 from fmscale.models import mmdit_names
 from fmscale.pictures import Guidance
-from fmscale.pipelines import EXPORT_NOTE
 from fmscale.runs import open_run
 from fmscale.sample import open_generator
 

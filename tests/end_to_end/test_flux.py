@@ -20,10 +20,10 @@ from fmscale.cli import main
 from fmscale.data.index import Index
 from fmscale.encoders.clip import random_clip
 from fmscale.engine.metrics import read_metrics
+from fmscale.init_from import EXPORT_NOTE
 from fmscale.models import flux_names
 from fmscale.models.flux import Flux
 from fmscale.pictures import guidance_of, sample_latents
-from fmscale.pipelines import EXPORT_NOTE
 from fmscale.quickstart import bundled_vae
 from fmscale.runs import open_run
 from fmscale.sample import open_generator

@@ -48,7 +48,7 @@ def test_an_export_comes_back_as_it_left(chain: Path, tmp_path: Path) -> None:
     assert torch.equal(draw(chain / "export"), draw(tmp_path / "run"))
 
 
-def test_a_pipeline_that_fmscale_never_saw(chain: Path, tmp_path: Path) -> None:
+def test_a_pipeline_that_fmscale_never_saw(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As stock diffusers saves it: nothing of fmscale's beside the weights."""
     StableDiffusion3Pipeline.from_pretrained(chain / "export").save_pretrained(tmp_path / "published")
     assert not (tmp_path / "published" / "fmscale.json").exists()
@@ -61,6 +61,27 @@ def test_a_pipeline_that_fmscale_never_saw(chain: Path, tmp_path: Path) -> None:
     assert main([*command, "--out", str(tmp_path / "run.png"), str(tmp_path / "run")]) == 0
     assert main([*command, "--out", str(tmp_path / "folder.png"), str(tmp_path / "published")]) == 0
     assert (tmp_path / "run.png").read_bytes() == (tmp_path / "folder.png").read_bytes()
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "again")]) == 0
+    assert "images seen" not in (tmp_path / "again" / "README.md").read_text()  # nobody said
+    check_that_a_part_is_missed(tmp_path / "published", capsys)
+
+
+def check_that_a_part_is_missed(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pipeline that was downloaded in part is not taken for another one."""
+    capsys.readouterr()
+    out = published.parent / "part"
+    (published / "text_encoder_2").rename(published / "elsewhere")
+    for command in (["import", str(published), str(out)], ["sample", str(published), "--prompt", PROMPT]):
+        assert main(command) == 2
+        assert "names clip_g, and text_encoder_2 and tokenizer_2 are not both there" in capsys.readouterr().err
+    index = json.loads((published / "model_index.json").read_text())
+    (published / "model_index.json").write_text(json.dumps(index | {"text_encoder_2": [None, None]}))
+    assert main(["import", str(published), str(out)]) == 2
+    assert "numbers of pooled text, clip_l" in capsys.readouterr().err
+    (published / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    assert main(["import", str(published), str(out)]) == 2
+    assert "its model_index.json is of a FluxPipeline" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_single_file_takes_a_config_that_says_its_shape(
@@ -77,6 +98,8 @@ def test_a_single_file_takes_a_config_that_says_its_shape(
     assert main(["import", str(tmp_path / "one"), str(tmp_path / "folder")]) == 0  # which says its shape
     ours, first = open_run(tmp_path / "folder").state("ema"), open_run(chain / "run").state("ema")
     assert all(torch.equal(ours[name], value) for name, value in first.items())
+    command = ["train", str(chain / "train.yaml"), "steps=1", "global_batch=4", "micro_batch=4", "engine.dtype=fp32"]
+    assert main([*command, f"run_dir={tmp_path / 'next'}", f"model.init_from={tmp_path / 'one'}"]) == 0
     capsys.readouterr()
     assert main(["sample", str(tmp_path / "run"), "--prompt", PROMPT, "--out", str(tmp_path / "x.png")]) == 2
     assert "VAE" in capsys.readouterr().err
@@ -105,11 +128,14 @@ def test_what_was_imported_is_no_run_to_go_on_with(
     assert main([*command, f"run_dir={tmp_path / 'run'}"]) == 2
     assert f"model.init_from={tmp_path / 'run'}" in capsys.readouterr().err
     assert main([*command, f"run_dir={tmp_path / 'next'}", f"model.init_from={tmp_path / 'run'}"]) == 0
+    other = [f"run_dir={tmp_path / 'other'}", f"model.init_from={tmp_path / 'run'}", "model.base_size=8"]
+    assert main([*command, *other]) == 2
+    assert "learned other positions than those of model.base_size: set model.position_origin" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--ema-std", "0.1"]) == 2
     assert "one set of weights" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "other"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "other", "size", "note"])
 def test_what_cannot_be_imported_leaves_nothing(
     chain: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,11 +146,13 @@ def test_what_cannot_be_imported_leaves_nothing(
         file.write_bytes(file.read_bytes()[:-100])
     elif damage == "missing":
         file.unlink()
+    elif damage == "note":
+        note = json.loads((source / "fmscale.json").read_text())
+        (source / "fmscale.json").write_text(json.dumps(note | {"encoders": "t5"}))
     else:
         config = json.loads((source / "transformer" / "config.json").read_text())
-        (source / "transformer" / "config.json").write_text(
-            json.dumps(config | {"num_layers": config["num_layers"] + 1})
-        )
+        wrong = {"size": {"sample_size": None}, "other": {"num_layers": config["num_layers"] + 1}}
+        (source / "transformer" / "config.json").write_text(json.dumps(config | wrong[damage]))
     assert main(["import", str(source), str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert str(source) in said

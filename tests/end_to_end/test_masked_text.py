@@ -21,8 +21,8 @@ from fmscale.encode import encode
 from fmscale.encoders.text import TRIM_TOKENS
 from fmscale.engine.metrics import read_metrics
 from fmscale.export import export
+from fmscale.init_from import EXPORT_NOTE
 from fmscale.pictures import Guidance, sample_latents
-from fmscale.pipelines import EXPORT_NOTE
 from fmscale.quickstart import write_encoders, write_train_config
 from fmscale.reflow import reflow
 from fmscale.runs import open_run

@@ -25,10 +25,12 @@ from fmscale.data.mixture import Address, Mixture
 from fmscale.data.tensors import widen
 from fmscale.encode import encode
 from fmscale.engine.metrics import read_metrics
+from fmscale.errors import UserError
 from fmscale.flow.coupling import NOISE_KEY
 from fmscale.flow.noise import draw_noise
 from fmscale.quickstart import write_encoders, write_train_config
 from fmscale.reflow import check_setup, reflow
+from fmscale.rounds import rounds
 from fmscale.runs import open_run
 from fmscale.teacher import Teacher
 from fmscale.train import train
@@ -162,6 +164,11 @@ def test_written_captions_take_the_sizes_in_turns(teacher: Path, tmp_path: Path)
     (tmp_path / "prompts.txt").write_text("a handwritten one\n\na handwritten two\n")
     more: dict[str, Any] = {"prompts": str(tmp_path / "prompts.txt"), "sizes_px": [[64, 64], [128, 64]], "pairs": 4}
     index = reflow(settings(teacher, tmp_path / "pairs", **more, text="captions"))
+    text = (tmp_path / "prompts.txt").read_text()
+    (tmp_path / "prompts.txt").write_text(text.replace("two", "three"))
+    with pytest.raises(UserError, match=r"was begun otherwise: config\.prompts\.sha256"):
+        reflow(settings(teacher, tmp_path / "pairs", **more, text="captions"))
+    (tmp_path / "prompts.txt").write_text(text)
     found = samples(index)
     assert sorted((meta["caption"], tuple(tensors["latents"].shape[1:])) for tensors, meta in found) == [
         ("a handwritten one", (8, 8)),
@@ -195,17 +202,26 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
         (tmp_path / "reflow.yaml").write_text(dump(config))
         assert main(["reflow", str(tmp_path / "reflow.yaml")]) == 2
         assert said in capsys.readouterr().err
-        assert not (tmp_path / "pairs" / "manifest.json").exists()
+        assert not (tmp_path / "pairs").exists()
 
     (tmp_path / "empty.txt").write_text("\n")
     refused("holds no text; write one caption a line", prompts=str(tmp_path / "empty.txt"))
     (tmp_path / "one.txt").write_text("a handwritten one")
     refused("both sides must be multiples of", prompts=str(tmp_path / "one.txt"), sizes_px=[[65, 64]])
     refused("none.txt: cannot be read: No such file", prompts=str(tmp_path / "none.txt"))
+    refused("positions cover", prompts=str(tmp_path / "one.txt"), sizes_px=[[2048, 2048]])
+    refused("no longer there", prompts=str(tmp_path / "one.txt"), text_encoders={"clip_l": str(tmp_path / "gone")})
     refused("leap needs a model that was trained to", solver="leap")
+    (tmp_path / "latents.yaml").write_text(dump(settings(teacher, teacher / "latents")))
+    assert main(["reflow", str(tmp_path / "latents.yaml")]) == 2
+    assert "holds a dataset that another command makes" in capsys.readouterr().err
     (tmp_path / "other.yaml").write_text(dump(settings(teacher, whole.path, solver_steps=4)))
     assert main(["reflow", str(tmp_path / "other.yaml")]) == 2
     assert "was begun otherwise: config.solver_steps was 3, and is 4" in capsys.readouterr().err
+    data = {"path": str(teacher / "latents"), "run": 4}
+    (tmp_path / "other.yaml").write_text(dump(settings(teacher, whole.path, data=data)))
+    assert main(["reflow", str(tmp_path / "other.yaml")]) == 2
+    assert "was begun otherwise: config.data.run was 1, and is 4" in capsys.readouterr().err
     assert json.loads((whole.path / "manifest.json").read_text())["samples"] == PAIRS
 
 
@@ -237,3 +253,7 @@ def test_rounds_make_pairs_train_and_measure_and_go_on(
     made_by = [Index.open(run.with_name("pairs")).made_by["teacher"] for run in (first, second)]
     assert [made["run"] for made in made_by] == [str(teacher / "run"), str(first)]
     assert [made["guidance_scale"] for made in made_by] == [2.0, 1.0]
+    config = config.model_copy(update={"student": {**student, "steps": 3}})
+    with pytest.raises(UserError, match="its rounds were begun with student"):
+        rounds(config)
+    assert open_run(first).checkpoint.step == 2

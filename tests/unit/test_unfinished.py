@@ -184,7 +184,7 @@ def test_keys_that_come_twice_are_named(tmp_path: Path) -> None:
 def test_nothing_usable_leaves_nothing(tmp_path: Path) -> None:
     def wait_for_another() -> None:
         with open_job(tmp_path / "out", description(), LONG_S) as job:
-            with pytest.raises(UserError, match=r"not one could be encoded \(3 x broken\)"):
+            with pytest.raises(UserError, match=r"not one sample could be made \(3 x broken\)"):
                 make_all(tmp_path / "out", samples=0)
             job.finish(lambda: NULL, {})
 

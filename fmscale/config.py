@@ -368,6 +368,8 @@ class TrainConfig(Section):
 class ReflowConfig(Section):
     teacher: Path
     """Run directory whose averaged weights generate, or the folder of a pipeline of diffusers."""
+    step: Annotated[int, Field(ge=0)] | None = None
+    """Its checkpoint to use, for a teacher that trains on meanwhile; null is the newest."""
     ema_std: Width | None = None
     """Relative width of the average to use, made from the run's snapshots; null is the first that it tracked."""
     data: DataConfig | None = None

@@ -23,6 +23,7 @@ from fmscale.encoders.weights import model_folder
 from fmscale.engine.checkpoint import FORMAT, Checkpoint
 from fmscale.engine.zero import WEIGHT
 from fmscale.errors import UserError
+from fmscale.files import sha256
 from fmscale.flow.timesteps import FLUX_SHIFT
 from fmscale.init_from import (
     EXPORT_NOTE,
@@ -274,13 +275,19 @@ class PublishedRun(Run):
     source: Source
 
     @classmethod
-    def of(cls, published: Published, made_by: Mapping[str, Any] | None) -> PublishedRun:
-        """The run; `made_by` is that of the dataset that it would have been trained on, where that is known."""
+    def of(cls, published: Published, made_by: Mapping[str, Any] | None, weights_sha256: str = "") -> PublishedRun:
+        """The run.
+
+        Args:
+            published: its weights.
+            made_by: of the dataset that it would have been trained on, where that is known.
+            weights_sha256: of their files, where one wants to know them again.
+        """
         config = published.config
         parameters = blueprint(config.model.family, config.model.model_dump()).state_dict()
         dataset = {"path": NO_DATASET, "generations": [{"fingerprint": published.note.get("dataset_fingerprint")}]}
         description = {
-            "imported": {"from": str(published.place), "digest": published.source.digest},
+            "imported": {"from": str(published.place), "sha256": weights_sha256},
             "images_seen": published.note.get("images_seen"),
             "config": config.model_dump(mode="json"),
             "dataset": dataset | {"null_sha256": None, "made_by": made_by},
@@ -309,18 +316,18 @@ class PublishedRun(Run):
         return lambda name: [(0, self.source.read(name, 0, prod(shapes[name])))]
 
 
-def open_run_or_published(place: Path, weights: Weights = "ema") -> Run:
+def open_run_or_published(place: Path, weights: Weights = "ema", step: int | None = None) -> Run:
     """A run directory for reading; or a published pipeline with its encoders, as if it were one.
 
     Raises:
         UserError: it is neither, is damaged, or has no such weights.
     """
     if not is_published(place):
-        return open_run(place, weights=weights)
-    if weights != "ema":
-        raise UserError(f"{place}: an exported folder has one set of weights; leave the width of an average out")
+        return open_run(place, step, weights)
+    if weights != "ema" or step is not None:
+        raise UserError(f"{place}: an exported folder has one set of weights; leave out step and width of an average")
     published = read_published(place)
-    return PublishedRun.of(published, published.made_by())
+    return PublishedRun.of(published, published.made_by(), sha256(*published.source.files))
 
 
 def is_published(place: Path) -> bool:

@@ -19,7 +19,7 @@ from fmscale.config import dump
 from fmscale.engine.saver import write_checkpoint
 from fmscale.engine.zero import WEIGHT
 from fmscale.errors import UserError
-from fmscale.files import new_folder
+from fmscale.files import new_folder, sha256
 from fmscale.imported import Given, Published, PublishedRun, read_published
 from fmscale.init_from import Source
 from fmscale.log import get_logger
@@ -54,7 +54,9 @@ def import_weights(published: Published, out: Path) -> None:
         raise UserError(f"{published.place}: to draw takes a VAE and text encoders; give {absent} too, or neither")
     published = replace(published, config=published.config.model_copy(update={"run_dir": out}))
     with new_folder(out) as folder:
-        made = PublishedRun.of(published, published.made_by() if published.vae else None)
+        made = PublishedRun.of(
+            published, published.made_by() if published.vae else None, sha256(*published.source.files)
+        )
         (folder / "config.yaml").write_text(dump(made.config), encoding="utf-8")
         shapes = made.checkpoint.index["parameters"]
         found = write_checkpoint(checkpoints_dir(folder), made.checkpoint.index, Weights(published.source, shapes))

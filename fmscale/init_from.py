@@ -96,6 +96,11 @@ class Source:
         self.added = [name for name, theirs in parts.items() if theirs[0].name not in tensors]
 
     @property
+    def files(self) -> list[Path]:
+        """That hold them."""
+        return sorted({stored.file for stored in self._tensors.values()})
+
+    @property
     def digest(self) -> str:
         """Of all names and shapes and of some small tensors: by it ranks tell whether they found the same weights."""
         known = hashlib.sha256(repr(sorted((name, each[1:3]) for name, each in self._tensors.items())).encode())

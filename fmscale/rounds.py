@@ -95,7 +95,7 @@ def part_of(config: ReflowConfig, number: int, teacher: Path) -> ReflowConfig:
     changes: dict[str, Any] = {"teacher": teacher, "out": config.out / f"round-{number}" / "pairs"}
     changes |= {"rounds": None, "student": {}, "seed": config.seed + number - 1}
     if number > 1:
-        changes |= {"guidance_scale": 1.0, "ema_std": None, "solver": "auto"}
+        changes |= {"guidance_scale": 1.0, "ema_std": None, "step": None, "solver": "auto"}
     return config.model_copy(update=changes)
 
 

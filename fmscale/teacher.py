@@ -308,4 +308,4 @@ def open_teacher(config: ReflowConfig) -> Run:
     Raises:
         UserError: there is none, or its weights are damaged.
     """
-    return open_run_or_published(config.teacher, "ema" if config.ema_std is None else config.ema_std)
+    return open_run_or_published(config.teacher, "ema" if config.ema_std is None else config.ema_std, config.step)

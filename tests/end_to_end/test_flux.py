@@ -194,11 +194,12 @@ def test_what_cannot_be_done_is_said_in_one_line(
 def test_an_export_draws_the_same_latents_by_the_lines_of_its_card(
     folder: Path, tmp_path: Path, name: str, settings: list[str]
 ) -> None:
-    """fmscale from the run, fmscale from the export, and the stock pipeline with the scheduler that was exported."""
+    """fmscale from the run, from the export and from what was imported of it, and the stock pipeline with the scheduler that was exported."""
     run, out, prompt = folder / name, tmp_path / "out", "a handwritten three"
     if settings:
         assert main(["train", str(folder / "train.yaml"), f"run_dir={run}", "steps=2", *settings]) == 0
     assert main(["export", str(run), str(out), "--dtype", "fp32"]) == 0
+    assert main(["import", str(out), str(tmp_path / "imported")]) == 0
     lines = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     asked: dict[str, Any] = {"latents": FluxPipeline._pack_latents(noise, *noise.shape), "output_type": "latent"}
@@ -207,7 +208,7 @@ def test_an_export_draws_the_same_latents_by_the_lines_of_its_card(
     lines = lines.replace("PATH OF THIS FOLDER", str(out)).replace("what the image shows", prompt)
     exec(lines.replace("image = pipe(", "image = ask("), known)  # noqa: S102
     theirs = FluxPipeline._unpack_latents(known["image"][None], 64, 64, 8)
-    for source in (run, out):
+    for source in (run, out, tmp_path / "imported"):
         generator = open_generator(source)
         guidance = guidance_of(1.0, generator.takes_guidance, 4.0) if name == "told" else guidance_of(4.0, False)
         ours = generator.draw(noise, [prompt], [""], guidance, steps=3)

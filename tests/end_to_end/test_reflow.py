@@ -211,6 +211,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
     refused("none.txt: cannot be read: No such file", prompts=str(tmp_path / "none.txt"))
     refused("positions cover", prompts=str(tmp_path / "one.txt"), sizes_px=[[2048, 2048]])
     refused("no longer there", prompts=str(tmp_path / "one.txt"), text_encoders={"clip_l": str(tmp_path / "gone")})
+    refused("no checkpoint of step 2; there are 3", step=2)
     refused("leap needs a model that was trained to", solver="leap")
     (tmp_path / "latents.yaml").write_text(dump(settings(teacher, teacher / "latents")))
     assert main(["reflow", str(tmp_path / "latents.yaml")]) == 2

@@ -24,8 +24,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, torch.dtype]] = {
     "sd3_bare": ("mmdit", SD3, "", torch.float32),
     "sd35_medium": ("mmdit", SD3 | {"qk_norm": True, "dual_attention_layers": (0, 1)}, PREFIX, torch.float32),
     "sd35_large": ("mmdit", SD3 | {"qk_norm": True, "base_size": 4}, PREFIX, torch.float32),
-    "flux_dev": ("flux", FLUX | {"guidance_embed": True}, PREFIX, torch.bfloat16),
-    "flux_schnell": ("flux", FLUX, "", torch.bfloat16),
+    "flux_dev": ("flux", FLUX | {"guidance_embed": True}, "", torch.bfloat16),
 }
 
 

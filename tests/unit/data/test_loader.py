@@ -150,7 +150,7 @@ many_workers = pytest.mark.filterwarnings("ignore:This DataLoader will create") 
 
 
 @many_workers
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(LEGS, min_size=1, max_size=4))
 def test_any_history_gives_the_global_batches_of_one_rank(index: Index, history: list[Leg]) -> None:
     """Stopped anywhere, started again in any world with any micro-batch and number of readers."""

@@ -194,7 +194,7 @@ def test_what_cannot_be_done_is_said_in_one_line(
 def test_an_export_draws_the_same_latents_by_the_lines_of_its_card(
     folder: Path, tmp_path: Path, name: str, settings: list[str]
 ) -> None:
-    """fmscale from the run, from the export and from what was imported of it, and the stock pipeline with the scheduler that was exported."""
+    """From the run, its export, what was imported of that, and by the stock pipeline with the exported scheduler."""
     run, out, prompt = folder / name, tmp_path / "out", "a handwritten three"
     if settings:
         assert main(["train", str(folder / "train.yaml"), f"run_dir={run}", "steps=2", *settings]) == 0

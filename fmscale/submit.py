@@ -176,7 +176,9 @@ def write(order: Order, folder: Path, script: str) -> None:
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     folder.mkdir(mode=0o700)
     package = Path(__file__).parent
-    shutil.copytree(package, folder / "code" / package.name)  # with its bytecode: else each rank would compile it anew
+    unwritten = shutil.ignore_patterns("*.pyc.*")  # what another process is about to rename
+    # With its bytecode: else each rank would compile it anew.
+    shutil.copytree(package, folder / "code" / package.name, ignore=unwritten)
     (folder / "code" / "__main__.py").write_text(MAIN)
     (folder / "code" / "commit").write_text(git_hash() or "")
     (folder / f"{order.command}.yaml").write_text(dump(order.config))

@@ -23,7 +23,7 @@ from fmscale.engine import attention, fp8
 from fmscale.engine import checkpoint as checkpoints
 from fmscale.engine.attention import Record, Shape
 from fmscale.engine.blocks import prepare
-from fmscale.engine.optim import EMA_PREFIX, AdamWEMA, averages_of, ema_names, learning_rate, parameter_groups
+from fmscale.engine.optim import EMA_PREFIX, AdamWEMA, averages_of, ema_names, parameter_groups
 from fmscale.engine.saver import Retention, Saver
 from fmscale.engine.zero import WEIGHT, Engine, deepspeed_config
 from fmscale.errors import SharedError, UserError
@@ -32,7 +32,7 @@ from fmscale.gallery import check_gallery
 from fmscale.guards import LossGuard
 from fmscale.init_from import open_start
 from fmscale.log import get_logger
-from fmscale.models import initialise_parameter, set_positions
+from fmscale.models.families import initialise_parameter, set_positions
 from fmscale.models.layers import patch_grid
 from fmscale.objective import check_objective
 from fmscale.phases import Phase, changes, phase_of, phases_of
@@ -276,18 +276,6 @@ def kernels_of(programme: Programme, run_dir: Path, world: World) -> tuple[dict[
         chosen, noted = attention.agree(wanted, shapes, run_dir / ATTENTION, world)
         kernels, record = kernels | chosen, record or noted
     return kernels, record
-
-
-def learning_rate_at(phase: Phase, step: int) -> float:
-    """The learning rate of a step of a phase, counted from 0."""
-    options = phase.config.optimizer
-    return learning_rate(
-        step - phase.rate_start,
-        peak=options.lr,
-        warmup_steps=options.warmup_steps,
-        schedule=options.schedule,
-        decay_steps=options.decay_steps or phase.rate_until - phase.rate_start,
-    )
 
 
 def retention_of(config: TrainConfig) -> Retention:

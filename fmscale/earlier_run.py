@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fmscale.engine.checkpoint import Fragments
 from fmscale.errors import UserError
-from fmscale.models import blueprint
+from fmscale.models.families import blueprint
 from fmscale.runs import Run, open_run
 
 # Keys of `model` that do not say which parameters there are.

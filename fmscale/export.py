@@ -30,7 +30,7 @@ from fmscale.hub import check_repository, hub_token, push
 from fmscale.init_from import EXPORT_NOTE, PREFIXES
 from fmscale.log import get_logger
 from fmscale.model_card import model_card
-from fmscale.models import blueprint, file_layout
+from fmscale.models.families import blueprint, file_layout
 from fmscale.models.mmdit_names import DIFFUSERS_POSITIONS, position_parts
 from fmscale.models.published import Part, check_state
 from fmscale.pipelines import PIPELINES, WHOLE, Written, network_config, scheduler_config, stock_classes

@@ -34,7 +34,7 @@ from fmscale.init_from import (
     published_model,
     read_note,
 )
-from fmscale.models import blueprint
+from fmscale.models.families import blueprint
 from fmscale.pipelines import PIPELINES, Pipeline
 from fmscale.runs import Run, Weights, open_run
 

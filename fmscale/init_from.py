@@ -23,7 +23,7 @@ from fmscale.earlier_run import EarlierRun, open_earlier_run
 from fmscale.encoders.weights import model_folder, read_config, weight_files
 from fmscale.engine.fragments import raw
 from fmscale.errors import UserError
-from fmscale.models import FORMS, NAMES, blueprint
+from fmscale.models.families import FORMS, NAMES, blueprint
 from fmscale.models.mmdit_names import DIFFUSERS_POSITIONS, ORIGINAL_POSITIONS, check_axes, positions_of
 from fmscale.models.published import Part, check_state, layout, some
 

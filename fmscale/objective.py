@@ -73,7 +73,7 @@ def network_of(
     """A model bound to its text, as objectives and samplers call it.
 
     Args:
-        model: of `fmscale.models`, or one under an engine.
+        model: of `fmscale.models.families`, or one under an engine.
         given: text of the images.
         flow: says on which path they are.
         told: strength of guidance, to a model that takes it; None tells it nothing.

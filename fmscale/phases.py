@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fmscale.config import TrainConfig, check, merge
+from fmscale.engine.schedule import learning_rate
 from fmscale.errors import UserError
 from fmscale.section import flatten
 
@@ -155,3 +156,15 @@ def _data(config: TrainConfig) -> dict[str, Any]:
 def phase_of(phases: Sequence[Phase], done: int) -> Phase:
     """The phase of the last of so many steps that are done; the first where none is."""
     return next((phase for phase in phases if phase.start < done <= phase.until), phases[0] if not done else phases[-1])
+
+
+def learning_rate_at(phase: Phase, step: int) -> float:
+    """The learning rate of a step of a phase, counted from 0."""
+    options = phase.config.optimizer
+    return learning_rate(
+        step - phase.rate_start,
+        peak=options.lr,
+        warmup_steps=options.warmup_steps,
+        schedule=options.schedule,
+        decay_steps=options.decay_steps or phase.rate_until - phase.rate_start,
+    )

@@ -20,7 +20,7 @@ from fmscale.files import append
 from fmscale.gallery import SAMPLES, Gallery
 from fmscale.guards import slow_ranks
 from fmscale.log import get_logger
-from fmscale.models import parts_of
+from fmscale.models.families import parts_of
 from fmscale.models.flops import FLOPS, peak_flops
 from fmscale.phases import Phase
 from fmscale.tally import BINS, Tally

@@ -287,7 +287,7 @@ class Run:
 
 def build_model(config: TrainConfig) -> nn.Module:
     """The network that a config describes, freshly initialised."""
-    from fmscale.models import build
+    from fmscale.models.families import build
 
     return build(config.model.family, config.model.model_dump())
 

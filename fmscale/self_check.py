@@ -27,7 +27,7 @@ from fmscale.errors import OutageError, UserError
 from fmscale.flow.noise import draw_noise
 from fmscale.flow.solver import Velocity, time_grid
 from fmscale.log import get_logger
-from fmscale.models import FORMS, NAMES, blueprint
+from fmscale.models.families import FORMS, NAMES, blueprint
 from fmscale.models.published import adopt
 from fmscale.objective import shift_for
 from fmscale.pictures import Guidance, guided_velocity, sample_latents

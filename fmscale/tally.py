@@ -8,9 +8,8 @@ from torch import Tensor
 from fmscale.batch import Batch
 from fmscale.control import Wish
 from fmscale.distributed import World, total
-
-BINS = 10  # equal parts of t's range
-_HEAD = 5
+from fmscale.size import BINS as BINS
+from fmscale.size import TALLY_HEAD, tally_values
 
 
 class Tally:
@@ -31,15 +30,17 @@ class Tally:
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
-        self.loss, self.images, self.bad, self.stop, self.save = values[:_HEAD].unbind()
-        self.loss_by_t, self.error_by_t, self.images_by_t = values[_HEAD : _HEAD + 3 * BINS].view(3, BINS).unbind()
-        self.seconds = values[_HEAD + 3 * BINS :]
+        self.loss, self.images, self.bad, self.stop, self.save = values[:TALLY_HEAD].unbind()
+        self.loss_by_t, self.error_by_t, self.images_by_t = (
+            values[TALLY_HEAD : TALLY_HEAD + 3 * BINS].view(3, BINS).unbind()
+        )
+        self.seconds = values[TALLY_HEAD + 3 * BINS :]
 
     @classmethod
     def begin(cls, world: World, wish: Wish) -> Tally:
         """What a rank knows when its step begins."""
-        values = torch.zeros(_HEAD + 3 * BINS + world.world_size)
-        values[_HEAD - 2 : _HEAD] = torch.tensor([float(asked) for asked in wish])
+        values = torch.zeros(tally_values(world.world_size))
+        values[TALLY_HEAD - 2 : TALLY_HEAD] = torch.tensor([float(asked) for asked in wish])
         return cls(values.to(world.device, non_blocking=True))
 
     def add(self, losses: Tensor, errors: Tensor, t: Tensor, batch: Batch) -> None:

@@ -29,7 +29,6 @@ from fmscale.building import (
     check_setup,
     enter,
     kernels_of,
-    learning_rate_at,
     limits_of,
     portions_of,
     retention_of,
@@ -59,7 +58,7 @@ from fmscale.flow.transport import transport
 from fmscale.guards import BAD_SAMPLES, LossGuard, Stopwatch, check_damage
 from fmscale.log import get_logger, progress
 from fmscale.objective import losses, network_of, weight_of
-from fmscale.phases import Phase, phase_of
+from fmscale.phases import Phase, learning_rate_at, phase_of
 from fmscale.recovery import SKIPPED, Streak, load, settle, wait_for_save
 from fmscale.reporting import Reporter, announce, device_names, look_at
 from fmscale.runs import checkpoints_dir, snapshots_dir, start_run_dir

@@ -69,7 +69,7 @@ class HeldOut:
         """The loss over all images, by bin of t and by bucket; every rank calls it.
 
         Args:
-            model: of `fmscale.models`, or one under an engine.
+            model: of `fmscale.models.families`, or one under an engine.
 
         Returns:
             `loss`, `loss_by_t` (BINS numbers, None where no image is), `loss_by_bucket`, `images` that counted.

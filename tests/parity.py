@@ -9,7 +9,8 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
-from fmscale.models import FORMS, build, flux_names, mmdit_names
+from fmscale.models import flux_names, mmdit_names
+from fmscale.models.families import FORMS, build
 from fmscale.models.published import publish
 
 

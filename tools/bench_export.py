@@ -39,7 +39,7 @@ from fmscale.engine.optim import AdamWEMA, ema_name, parameter_groups
 from fmscale.engine.saver import Retention, Saver
 from fmscale.engine.zero import Engine, deepspeed_config, init_process_group
 from fmscale.export import write_transformer
-from fmscale.models import blueprint
+from fmscale.models.families import blueprint
 from fmscale.models.mmdit import MMDiT
 from fmscale.models.mmdit_names import DIFFUSERS_POSITIONS, to_diffusers
 from fmscale.runs import build_model, checkpoints_dir, open_run, start_run_dir, use_run

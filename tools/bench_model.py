@@ -22,7 +22,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
 from fmscale.engine.blocks import compile_blocks
-from fmscale.models import NAMES, build
+from fmscale.models.families import NAMES, build
 from fmscale.models.flops import FLOPS, peak_flops
 
 WARM_UP = 3

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fmscale.models.layers import TIMESTEP_FEATURES
+from fmscale.models.shapes import TIMESTEP_FEATURES
 
 
 class Flops(NamedTuple):

@@ -18,7 +18,6 @@ from fmscale.models.initial import Initialiser, initialise, normal, ones, xavier
 from fmscale.models.layers import (
     MLP,
     NORM_EPS,
-    TIMESTEP_FEATURES,
     Heads,
     JointBlock,
     Linear,
@@ -35,6 +34,7 @@ from fmscale.models.layers import (
     timestep_features,
     unpatchify,
 )
+from fmscale.models.shapes import TIMESTEP_FEATURES
 
 # Parameter name -> how to fill it; AdaLN-zero, as in `mmdit`.
 INITIALISERS: dict[str, Initialiser] = {
@@ -46,16 +46,6 @@ INITIALISERS: dict[str, Initialiser] = {
     r"blocks\.\d+\.((image|text)\.qkv\.)?norm_[qk]\.weight": ones,
     r"(modulation|proj_out)\.(weight|bias)": zeros,
     r"(?!proj_out|modulation).*\.bias": zeros,
-}
-
-# Parameter name -> the part of the network that it belongs to, by which gradients and weights are reported.
-PARTS = {
-    r"(patch_embed|context_embed|timestep_mlp|guidance_mlp|leap_mlp|pooled_mlp)\..*": "embeddings",
-    r"modulation\..*": "modulation",
-    r"blocks\.\d+\.(image|text)\.(qkv|out)\..*": "attention",
-    r"blocks\.\d+\.(image|text)\.mlp\..*": "mlp",
-    r"blocks\.\d+\.(enter|leave|norm_[qk])\..*": "single",
-    r"proj_out\..*": "output",
 }
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-Row = TypeVar("Row")
+from fmscale.models.shapes import row_for
+
 Initialiser = Callable[[Tensor, "torch.Generator | None"], object]
 
 
@@ -45,10 +44,3 @@ def initialise(model: nn.Module, table: Mapping[str, Initialiser], generator: to
         fill = row_for(name, table)
         if not parameter.is_meta:  # to draw nothing there imports much of torch.compile
             fill(parameter, generator)
-
-
-def row_for(name: str, table: Mapping[str, Row]) -> Row:
-    """The value of the one row of a table whose regular expression fits a whole parameter name."""
-    rows = [value for pattern, value in table.items() if re.fullmatch(pattern, name)]
-    assert len(rows) == 1, f"{name} fits {len(rows)} rows of the table, not one"
-    return rows[0]

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmscale.errors import UserError
+from fmscale.models.shapes import TIMESTEP_FEATURES
 
 NORM_EPS = 1e-6
-TIMESTEP_FEATURES = 256
 LONGEST_PERIOD = 10_000  # of the sinusoids, for time and position alike
 
 

@@ -16,7 +16,6 @@ from fmscale.errors import UserError
 from fmscale.models.initial import Initialiser, initialise, normal, ones, xavier, zeros
 from fmscale.models.layers import (
     MLP,
-    TIMESTEP_FEATURES,
     JointBlock,
     Linear,
     patch_grid,
@@ -27,6 +26,7 @@ from fmscale.models.layers import (
     timestep_features,
     unpatchify,
 )
+from fmscale.models.shapes import TIMESTEP_FEATURES
 
 BASE_SPAN = 16  # of the positions of an image at the base resolution
 
@@ -40,15 +40,6 @@ INITIALISERS: dict[str, Initialiser] = {
     r"blocks\.\d+\.(image|text)\.(dual\.)?qkv\.norm_[qk]\.weight": ones,
     r"(modulation|proj_out)\.(weight|bias)": zeros,
     r"(?!proj_out|modulation).*\.bias": zeros,
-}
-
-# Parameter name -> the part of the network that it belongs to, by which gradients and weights are reported.
-PARTS = {
-    r"(patch_embed|context_embed|timestep_mlp|leap_mlp|pooled_mlp)\..*": "embeddings",
-    r"modulation\..*": "modulation",
-    r"blocks\.\d+\.(image|text)\.(dual\.)?(qkv|out)\..*": "attention",
-    r"blocks\.\d+\.(image|text)\.mlp\..*": "mlp",
-    r"proj_out\..*": "output",
 }
 
 

@@ -19,8 +19,8 @@ from fmscale.distributed import World, world_from_environment
 from fmscale.engine.optim import AdamWEMA, ema_decay, ema_name, parameter_groups
 from fmscale.engine.statistics import Look
 from fmscale.engine.zero import WEIGHT, Engine, deepspeed_config, init_process_group
-from fmscale.models.initial import row_for
-from fmscale.models.mmdit import PARTS, MMDiT
+from fmscale.models.mmdit import MMDiT
+from fmscale.models.shapes import PARTS, row_for
 
 STEPS = 10
 GLOBAL_BATCH = 16
@@ -105,7 +105,7 @@ def norms_by_part(model: nn.Module) -> Tensor:
     """Of the gradient, gathered parameter by parameter."""
     parts: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        parts.setdefault(row_for(name, PARTS), []).append(parameter.grad.flatten())
+        parts.setdefault(row_for(name, PARTS["mmdit"]), []).append(parameter.grad.flatten())
     return torch.stack([torch.cat(parts[part]).double().norm() for part in sorted(parts)])
 
 
@@ -135,7 +135,7 @@ def train_step(
 def sharded(cell: Cell, world: World) -> tuple[Engine, Tensor]:
     """The engine after the same steps as the plain loop's, and the norms of the last gradient's parts."""
     engine = make_engine(cell, world.world_size)
-    look = Look({name: row_for(name, PARTS) for name in engine.names}, world.device, histogram=True)
+    look = Look({name: row_for(name, PARTS["mmdit"]) for name in engine.names}, world.device, histogram=True)
     for step in range(STEPS):
         assert train_step(engine, cell, world, step, look=look if step == STEPS - 1 else None)
     assert look.share().sums[:, 2:].sum() == sum(parameter.numel() for parameter in make_model().parameters())

@@ -14,7 +14,7 @@ from fmscale.config import TrainConfig
 from fmscale.engine.checkpoint import Fragments, open_checkpoint
 from fmscale.engine.optim import ema_name
 from fmscale.engine.zero import WEIGHT
-from fmscale.models import build
+from fmscale.models.families import build
 from fmscale.models.mmdit_names import original_form
 from fmscale.models.published import publish
 

@@ -11,7 +11,8 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from safetensors.torch import save_file
 
-from fmscale.models import NAMES, blueprint, flux_names, mmdit_names
+from fmscale.models import flux_names, mmdit_names
+from fmscale.models.families import NAMES, blueprint
 from fmscale.models.published import publish
 
 PREFIX = "model.diffusion_model."  # of a network beside others in one file

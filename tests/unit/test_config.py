@@ -18,7 +18,7 @@ from fmscale.flow.solver import SOLVERS
 from fmscale.flow.timesteps import TIMESTEP_SAMPLERS
 from fmscale.flow.transport import TRANSPORTS
 from fmscale.flow.weights import WEIGHTS
-from fmscale.models import MODELS
+from fmscale.models.families import MODELS
 from fmscale.pictures import LEAP
 from fmscale.plain_yaml import parse_yaml
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fmscale.errors import UserError
 from fmscale.init_from import Source, open_source
-from fmscale.models import FORMS, NAMES, build
+from fmscale.models.families import FORMS, NAMES, build
 from fmscale.models.mmdit_names import DIFFUSERS_POSITIONS, ORIGINAL_POSITIONS, position_grid
 from fmscale.models.published import publish
 

@@ -18,7 +18,7 @@ from fmscale.flow.few_step import _change
 from fmscale.flow.noise import draw_noise, keyed_generator
 from fmscale.flow.path import PATHS
 from fmscale.flow.weights import min_snr
-from fmscale.models import build
+from fmscale.models.families import build
 from fmscale.objective import Times, check_objective, draw_times, losses, network_of, plain_losses, shift_for, weight_of
 from fmscale.pictures import Guidance, check_solver, sample_latents, times_for
 from fmscale.train import train

@@ -12,7 +12,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
-from fmscale.models import FORMS, build, file_layout
+from fmscale.models.families import FORMS, build, file_layout
 from fmscale.models.mmdit import MMDiT
 from fmscale.models.mmdit_names import (
     DIFFUSERS_POSITIONS,

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fmscale.engine.optim import AdamWEMA, ema_decay, ema_name, learning_rate, parameter_groups, sigma_name
+from fmscale.engine.optim import AdamWEMA, ema_decay, ema_name, parameter_groups, sigma_name
 from fmscale.engine.posthoc import exponent
+from fmscale.engine.schedule import learning_rate
 from fmscale.models.mmdit import MMDiT
 
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}

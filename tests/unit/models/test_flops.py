@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fmscale.engine.blocks import recompute
-from fmscale.models import MODELS
+from fmscale.models.families import MODELS
 from fmscale.models.flops import FLOPS, Flops, mmdit_flops, peak_flops
 
 SIZES = {"layers": 3, "heads": 2, "head_dim": 16, "latent_channels": 4, "patch_size": 2, "context_dim": 48}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fmscale.models import build
+from fmscale.models.families import build
 
 SIZES = {"heads": 4, "head_dim": 32, "latent_channels": 16, "context_dim": 64, "pooled_dim": 32}
 DEEP: dict[str, dict[str, Any]] = {

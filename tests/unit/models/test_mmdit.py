@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fmscale.errors import UserError
-from fmscale.models import MODELS
+from fmscale.models.families import MODELS
 from fmscale.models.initial import initialise, zeros
 from fmscale.models.layers import patchify, position_features, repetition_bias, timestep_features, unpatchify
 from fmscale.models.mmdit import MMDiT

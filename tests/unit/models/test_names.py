@@ -13,7 +13,8 @@ from diffusers import SD3Transformer2DModel
 
 from fmscale.config import TrainConfig, load
 from fmscale.errors import UserError
-from fmscale.models import FORMS, NAMES, build, flux_names, mmdit_names
+from fmscale.models import flux_names, mmdit_names
+from fmscale.models.families import FORMS, NAMES, build
 from fmscale.models.mmdit import MMDiT
 from fmscale.models.mmdit_names import DIFFUSERS_POSITIONS, from_diffusers, to_diffusers
 from fmscale.models.published import adopt, publish

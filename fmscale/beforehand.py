@@ -16,7 +16,7 @@ from fmscale.log import get_logger
 from fmscale.phases import phases_of
 from fmscale.runs import check_run_dir, checkpoints_dir, snapshots_dir
 from fmscale.site import Site, worlds
-from fmscale.size import checkpoint_bytes, snapshot_bytes
+from fmscale.size import checkpoint_bytes, saves_kept, snapshot_bytes
 from fmscale.slurm import leave_s
 
 log = get_logger(__name__)
@@ -44,6 +44,11 @@ def check_train(config: TrainConfig, site: Site, flags: Collection[str] = ()) ->
         _look_at_weights(config.model.init_from)
     size = checkpoint_bytes(config)
     _check_disk(config, size)
+    check_save(site, size)
+
+
+def check_save(site: Site, size: int) -> None:
+    """Refuse a site whose time between signal and limit is shorter than a save of so many bytes."""
     save_s, left_s = size / 1e9 / site.write_gb_per_s, leave_s(site.signal_delay_s)
     if save_s > left_s:
         raise UserError(
@@ -157,11 +162,9 @@ def _look_at_weights(place: Path | None) -> None:
 
 def _check_disk(config: TrainConfig, size: int) -> None:
     """Whether there is room for the checkpoints that will be kept, the one that is being written, and the snapshots."""
-    run_dir, part, snapshot = config.run_dir.absolute(), config.checkpoint, config.ema.snapshot_every_steps
-    saves = -(-config.steps // part.every_steps)
-    forever = config.steps // part.keep_every_steps if part.keep_every_steps else 0
-    count = max(min(part.keep + forever, saves) + 1 - _count(checkpoints_dir(run_dir)), 1)
-    snapshots = max(config.steps // snapshot - _count(snapshots_dir(run_dir)), 0) if snapshot else 0
+    run_dir, (most, most_snapshots) = config.run_dir.absolute(), saves_kept(config)
+    count = max(most - _count(checkpoints_dir(run_dir)), 1)
+    snapshots = max(most_snapshots - _count(snapshots_dir(run_dir)), 0)
     needed = count * size + snapshots * snapshot_bytes(config)
     nearest = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     free = shutil.disk_usage(nearest).free

@@ -23,6 +23,14 @@ from fmscale.drawing_arguments import (
     sample_arguments,
 )
 from fmscale.errors import OutageError, SharedError, UserError
+from fmscale.training_arguments import (
+    encode_arguments,
+    pipe_argument,
+    plan_arguments,
+    reflow_arguments,
+    submit_arguments,
+    train_arguments,
+)
 
 _PATH_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 DONE, FAULT, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -132,15 +140,6 @@ def _parser(name: str, command: Command) -> argparse.ArgumentParser:
     return parser
 
 
-def _config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file; its `base:` names the one it builds on")
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="laid over the file, such as optimizer.lr=1e-4"
-    )
-    parser.add_argument("--print-config", action="store_true", help="print the merged config and stop")
-    parser.add_argument("--print-schema", action="store_true", help="print the JSON schema for editors and stop")
-
-
 def _with_config(args: argparse.Namespace, run: Callable[[Any], object]) -> int:
     """Load the config that the command line names and hand it on, or print what was asked for; returns exit code 0."""
     from fmscale import config
@@ -165,17 +164,6 @@ def _quickstart_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _quickstart(args: argparse.Namespace) -> None:
     _program("quickstart").quickstart(_path(args.out), args.nproc)
-
-
-def _encode_arguments(parser: argparse.ArgumentParser) -> None:
-    _config_arguments(parser)
-    _workers_argument(parser)
-
-
-def _workers_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--nproc", type=positive, metavar="N", help="start N local workers, one per GPU where there are"
-    )
 
 
 def _encode(args: argparse.Namespace) -> int:
@@ -214,7 +202,7 @@ def _index_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ENCODE",
         help="index tars of images, which `train` then encodes as this encode config would",
     )
-    _pipe_argument(parser)
+    pipe_argument(parser)
 
 
 def _index(args: argparse.Namespace) -> int | None:
@@ -228,31 +216,11 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", metavar="DIR", help="the VAE that made the latents; the page then shows pictures")
     parser.add_argument("--samples", type=positive, default=5000, metavar="N", help="to read (%(default)s)")
     parser.add_argument("--thumbnails", type=positive, default=24, metavar="N", help="to decode (%(default)s)")
-    _pipe_argument(parser)
+    pipe_argument(parser)
 
 
 def _inspect(args: argparse.Namespace) -> None:
     _program("inspection").inspect_command(args)
-
-
-def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    _config_arguments(parser)
-    parser.add_argument("--nproc", type=positive, metavar="N", help="start N local ranks; leave out under a launcher")
-    _allow_arguments(parser)
-
-
-def _allow_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--allow-config-change", action="store_true", help="go on in a run directory although its config differs"
-    )
-    parser.add_argument(
-        "--allow-append", action="store_true", help="take in shards that were added, from each bucket's next epoch on"
-    )
-    _pipe_argument(parser)
-
-
-def _pipe_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--allow-pipe", action="store_true", help="start the programs of `pipe:` datasets")
 
 
 def _train(args: argparse.Namespace) -> int | None:
@@ -278,19 +246,6 @@ def _allowed(args: argparse.Namespace) -> list[str]:
     """The flags that permit something, as they were given."""
     flags = ("allow_config_change", "allow_append", "allow_pipe")
     return [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag, False)]
-
-
-def _submit_arguments(parser: argparse.ArgumentParser) -> None:
-    shared = ("train", "encode", "reflow")
-    parser.add_argument("program", metavar="COMMAND", choices=shared, help=", ".join(shared))
-    parser.add_argument("config", metavar="CONFIG", help="of that command")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="laid over CONFIG; site.key=value over SITE")
-    parser.add_argument("--site", required=True, metavar="SITE", help="YAML file that says where")
-    parser.add_argument("--dry-run", action="store_true", help="print the batch script and stop")
-    parser.add_argument("--follow", action="store_true", help="show the log of rank 0 until the job has ended")
-    parser.add_argument("--workers", type=positive, metavar="N", help="encode, reflow: an array of N tasks shares it")
-    parser.add_argument("--at-once", type=positive, metavar="N", help="most of them that run at the same time (all)")
-    _allow_arguments(parser)
 
 
 def _submit(args: argparse.Namespace) -> int:
@@ -351,12 +306,6 @@ def _evaluate(args: argparse.Namespace) -> None:
     _program("evaluate").evaluate_command(args)
 
 
-def _reflow_arguments(parser: argparse.ArgumentParser) -> None:
-    _config_arguments(parser)
-    _workers_argument(parser)
-    _pipe_argument(parser)
-
-
 def _reflow(args: argparse.Namespace) -> int:
     def in_rounds(config: Any) -> int | None:
         if config.rounds is None:
@@ -396,7 +345,7 @@ COMMANDS = {
     "encode": Command(
         "images and captions -> indexed latent shards",
         "fmscale encode configs/encode_sd3.yaml images=/data/photos out=/data/latents",
-        _encode_arguments,
+        encode_arguments,
         _encode,
     ),
     "index": Command(
@@ -411,16 +360,22 @@ COMMANDS = {
         _inspect_arguments,
         _inspect,
     ),
+    "plan": Command(
+        "whether a run fits, how long it takes, what it costs and what to change, before it runs",
+        "fmscale plan configs/sd3_medium_256.yaml --world-size 64 --device h100",
+        plan_arguments,
+        lambda args: _program("plan").plan_command(args),
+    ),
     "train": Command(
         "train; a run directory that holds a checkpoint is resumed",
         "fmscale train quickstart/train.yaml --nproc 2 run_dir=runs/mine steps=200",
-        _train_arguments,
+        train_arguments,
         _train,
     ),
     "submit": Command(
         "the same on Slurm; the job saves, leaves and comes back as often as it must",
         "fmscale submit train configs/sd3_medium_256.yaml --site launch/sites/gpus.yaml site.nodes=4",
-        _submit_arguments,
+        submit_arguments,
         _submit,
     ),
     "status": Command(
@@ -486,7 +441,7 @@ COMMANDS = {
     "reflow": Command(
         "a trained run -> (noise, latent) pairs, a dataset that train takes with flow.coupling=paired",
         "fmscale reflow configs/reflow.yaml teacher=quickstart/run out=pairs",
-        _reflow_arguments,
+        reflow_arguments,
         _reflow,
     ),
     "doctor": Command(

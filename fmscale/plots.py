@@ -1,4 +1,4 @@
-"""The plots of an evaluation, from its record alone."""
+"""The plots of an evaluation and of a plan, from their records alone."""
 
 from __future__ import annotations
 
@@ -169,3 +169,40 @@ def _loss_by_bucket(axes: Axes, record: Mapping[str, Any], what: None) -> None:
     losses = {name: loss for name, loss in record["validation"]["loss_by_bucket"].items() if loss is not None}
     axes.barh(list(losses), list(losses.values()))
     axes.set(title="loss by bucket", xlabel="mean squared error", ylabel="latent height x width")
+
+
+def write_plan_plot(record: Mapping[str, Any], path: Path) -> None:
+    """Draw a plan: memory of a rank by bucket, and how its last phase goes on other numbers of GPUs.
+
+    Args:
+        record: of a plan, as its JSON has it.
+        path: of the PNG.
+    """
+    parts: list[tuple[Any, Any]] = [(_memory_bars, phase) for phase in record["phases"]]
+    parts += [(_scaling_curves, kind) for kind in ("weak", "strong") if record["scaling"]]
+    about = f"{sum(record['parameters'].values()):,} parameters on {record['world_size']} x {record['device']}"
+    _draw(path, about, parts, record)
+
+
+def _memory_bars(axes: Axes, record: Mapping[str, Any], phase: Mapping[str, Any]) -> None:
+    names, done = [bucket["name"] for bucket in phase["buckets"]], [0.0] * len(phase["buckets"])
+    for part in ("states", "gradients", "buckets", "activations", "at work"):
+        sizes = [bucket["memory"].get(part, 0) / 2**30 for bucket in phase["buckets"]]
+        axes.barh(names, sizes, left=done, label=part)
+        done = [before + size for before, size in zip(done, sizes, strict=True)]
+    if record["usable_bytes"] is not None:
+        axes.axvline(record["usable_bytes"] / 2**30, color="black", linestyle="--", label=f"{record['device']} gives")
+    title = f"memory of a rank, steps {phase['start']:,} to {phase['until']:,}"
+    axes.set(title=title, xlabel="GiB", ylabel="latent height x width")
+    axes.legend(fontsize=7)
+
+
+def _scaling_curves(axes: Axes, record: Mapping[str, Any], kind: str) -> None:
+    rows = [row for row in record["scaling"] if row[kind] is not None]
+    worlds = [row["world_size"] for row in rows]
+    axes.plot(worlds, [100 * row[f"{kind}_efficiency"] for row in rows], marker="o", label="planned")
+    axes.axvline(record["world_size"], color="black", linestyle="--", label="this plan")
+    title = {"weak": "weak scaling: batch grows with GPUs", "strong": "strong scaling: one global batch"}[kind]
+    axes.set_xscale("log", base=2)
+    axes.set(title=title, xlabel="GPUs", ylabel="% of the computing alone", ylim=(0, 105))
+    axes.legend(fontsize=8)

@@ -16,12 +16,14 @@ from fmscale.distributed import World
 from fmscale.engine.metrics import MetricsLog, Named, keep_before
 from fmscale.engine.statistics import Look
 from fmscale.engine.zero import WEIGHT
+from fmscale.expected import Expectation
 from fmscale.files import append
 from fmscale.gallery import SAMPLES, Gallery
 from fmscale.guards import slow_ranks
 from fmscale.log import get_logger
 from fmscale.models.families import parts_of
 from fmscale.models.flops import FLOPS, peak_flops
+from fmscale.opening import opening
 from fmscale.phases import Phase
 from fmscale.tally import BINS, Tally
 from fmscale.validation import VALIDATION, Validation
@@ -38,21 +40,9 @@ BIN_NAMES = tuple(f"{i / BINS:g}-{(i + 1) / BINS:g}" for i in range(BINS))
 
 def announce(job: Job, start: int) -> None:
     """Say in four lines what is about to run."""
-    config, mixture, portions = job.config, job.dataset.mixture, job.portions
-    padding = portions.world_size * portions.accumulation * portions.micro_batch - portions.global_batch
-    count = sum(torch.Size(shape).numel() for shape in job.engine.shapes.values())
-    buckets = ", ".join(f"{bucket.name} ({bucket.count:,})" for bucket in mixture.buckets)
-    kind = (config.model.family, f"{count:,}", config.engine.dtype, job.engine.stage)
-    log.info("model    %s, %s parameters, %s, ZeRO-%d", *kind)
-    log.info("data     %s, %s samples in buckets %s", mixture.name, f"{len(mixture):,}", buckets)
-    log.info(
-        "batch    %d images = %d ranks x %d accumulation x %d micro-batch%s",
-        config.global_batch,
-        portions.world_size,
-        portions.accumulation,
-        portions.micro_batch,
-        f", {padding} slots empty" if padding else "",
-    )
+    config, mixture = job.config, job.dataset.mixture
+    for line in opening(config, mixture.name, ((each.name, each.count) for each in mixture.buckets), job.portions):
+        log.info("%s", line)
     many = len(job.programme.phases) > 1
     phase = f", phase {job.phase.number} to step {job.phase.until}" if many else ""
     log.info("run      %s, steps %d to %d%s", config.run_dir, start, config.steps, phase)
@@ -92,14 +82,26 @@ class Reporter:
         self.peak = None if peak is None else peak * job.world.world_size
         self.gallery = None if config.log.images_every_steps is None else Gallery(job)
         self.validation = None if config.validation is None else Validation(job)
+        self.expected = self._expect()
         if job.world.is_main:
             keep_before(config.run_dir / VALIDATION, start + 1)
         self.times: list[list[float]] = []
         self.slow: dict[int, float] = {}
 
+    def _expect(self) -> Expectation | None:
+        """What the phase should be like, said in a line; rank 0 does."""
+        if self.metrics is None:
+            return None
+        expected = Expectation(self.job)
+        expected.announce()
+        return expected
+
     def turn(self, job: Job) -> None:
         """Go on with another phase."""
         self.job = job
+        if self.expected is not None:
+            self.expected.compare()
+        self.expected = self._expect()
         if self.metrics is not None:
             self.metrics.show(job.config.log.tensorboard, job.phase.start + 1)
         self.gallery = None if job.config.log.images_every_steps is None else Gallery(job)
@@ -118,9 +120,11 @@ class Reporter:
 
     def flush(self, bar: Progress) -> None:
         """Write the steps that were noted, and show where the run is."""
-        if self.metrics is not None:
+        if self.metrics is not None and self.expected is not None:
             self.job.start.check()
-            report(self.job.config, self.metrics.flush(), bar)
+            records = self.metrics.flush()
+            report(self.job.config, records, bar)
+            self.expected.note(records)
             self._name_slow()
 
     def _name_slow(self) -> None:
@@ -168,10 +172,11 @@ class Reporter:
                     self.metrics.add_histogram(f"{kind}/{part}", sums, done)
 
     def close(self) -> None:
-        """Write what is left."""
-        if self.metrics is not None:
+        """Write what is left, and say how it was beside the plan."""
+        if self.metrics is not None and self.expected is not None:
             self.job.start.check()
             self.metrics.close()
+            self.expected.compare()
 
 
 def step_record(phase: Phase, result: StepResult) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class Site(Section):
     """So many, or a range such as 2-4: a job that comes back may get another number, and goes on all the same."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
     """One process runs per GPU."""
+    device: Text | None = None
+    """What these are, such as h100: then `submit` says what `plan` finds. null plans nothing."""
     tasks_per_node: Positive | None = None
     """Processes on a node without GPUs; null is 1."""
     cpus_per_task: Positive = 1

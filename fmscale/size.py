@@ -24,6 +24,14 @@ def snapshot_bytes(config: TrainConfig) -> int:
     return len(config.ema.sigma_rels) * _copy_bytes(config)
 
 
+def saves_kept(config: TrainConfig) -> tuple[int, int]:
+    """Checkpoints that lie in a run directory at the most, the one that is being written among them; and snapshots."""
+    part, snapshot = config.checkpoint, config.ema.snapshot_every_steps
+    saves = -(-config.steps // part.every_steps)
+    forever = config.steps // part.keep_every_steps if part.keep_every_steps else 0
+    return min(part.keep + forever, saves) + 1, config.steps // snapshot if snapshot else 0
+
+
 def _copy_bytes(config: TrainConfig) -> int:
     return 4 * parameters(config.model)
 

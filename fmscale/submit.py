@@ -30,6 +30,7 @@ from fmscale.errors import OutageError, UserError
 from fmscale.jobs import MARK, describe, ended, newest_job
 from fmscale.log import get_logger
 from fmscale.logs import follow
+from fmscale.plan import tell
 from fmscale.requeue import OPENING
 from fmscale.runs import git_hash
 from fmscale.section import dump
@@ -107,6 +108,8 @@ def submit(order: Order, dry_run: bool = False, then_follow: bool = False) -> in
         OutageError: Slurm refuses it, or does not answer.
     """
     check(order)
+    if order.command == "train":
+        tell(order.config, order.site)
     folder = order.folder / slurm.FOLDER / time.strftime("%Y-%m-%d-%H%M%S")
     script = batch_script(order, folder)
     if dry_run:

@@ -10,7 +10,7 @@ stays gathered.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 from fmscale.errors import UserError
@@ -27,9 +27,11 @@ DEFAULTS: dict[str, Any] = {
     "stage3_param_persistence_threshold": 1e5,
     "stage3_max_reuse_distance": 1e9,
     "stage3_max_live_parameters": 1e9,
+    "stage3_prefetch_bucket_size": 5e7,
     "sub_group_size": 1e9,
 }
-HARMLESS = {"stage3_prefetch_bucket_size", "allgather_bucket_size", "log_trace_cache_warnings"}  # they move no byte
+HARMLESS = {"allgather_bucket_size", "log_trace_cache_warnings"}  # they move no byte
+LOOKS_AHEAD = 2  # times for each module with weights: modules that hold it do so too
 
 
 class Parameter(NamedTuple):
@@ -127,21 +129,26 @@ class Collective(NamedTuple):
         return passes * self.payload * (world_size - 1) / world_size
 
 
-def states(parameters: Sequence[Parameter], zero: Zero, average_names: Sequence[str]) -> list[Held]:
+def states(
+    parameters: Sequence[Parameter], zero: Zero, average_names: Sequence[str], accumulation: int = 1
+) -> list[Held]:
     """What a rank holds between steps, by name; of ranks that differ, the one that holds most.
 
     Args:
         parameters: of the network, in its own order.
         zero: settings.
         average_names: of each average.
+        accumulation: micro-batches in a step.
     """
     assert len(average_names) == zero.averages
-    return (
-        _states_3(parameters, zero, average_names) if zero.stage == 3 else _states_12(parameters, zero, average_names)
-    )
+    if zero.stage == 3:
+        return _states_3(parameters, zero, average_names)
+    return _states_12(parameters, zero, average_names, accumulation)
 
 
-def _states_12(parameters: Sequence[Parameter], zero: Zero, average_names: Sequence[str]) -> list[Held]:
+def _states_12(
+    parameters: Sequence[Parameter], zero: Zero, average_names: Sequence[str], accumulation: int
+) -> list[Held]:
     padded = list(_padded_groups(parameters, zero.world_size))
     part, away = sum(padded) // zero.world_size, zero.offload == "optimizer"
     largest = max(parameter.numel for parameter in parameters)
@@ -152,6 +159,8 @@ def _states_12(parameters: Sequence[Parameter], zero: Zero, average_names: Seque
     if away:
         found.append(Held("gradients", 0, MASTER_BYTES * part))
         found.append(Held("offload buffers", largest * zero.item, (part + largest) * zero.item))
+        if zero.stage == 2 and not zero.compact and accumulation > 1:
+            found.append(Held("gradients of micro-batches", 0, _touched(parameters, zero.world_size) * zero.item))
     elif not zero.gpu and not zero.compact:
         found.append(Held("gradients", MASTER_BYTES * part))  # `Tail` keeps the vector that it makes of them
     return found
@@ -160,16 +169,15 @@ def _states_12(parameters: Sequence[Parameter], zero: Zero, average_names: Seque
 def _states_3(parameters: Sequence[Parameter], zero: Zero, average_names: Sequence[str]) -> list[Held]:
     away = zero.offload == "optimizer"
     part = sum(_share(parameter.numel, zero.world_size) for parameter in parameters)
-    groups = [list(members) for _, members in groupby(sorted(parameters, key=_group), key=_group)]
-    counters = sum(_sub_groups(group, zero) for group in groups)
-    whole = sum(_share(p.numel, zero.world_size) * zero.world_size for p in persistent(parameters, zero))
+    counters = sum(_sub_groups(group, zero) for group in _groups(parameters))
+    whole = sum(_padded(p, zero) for p in persistent(parameters, zero))
     copies = ["fp32 weights", "exp_avg", "exp_avg_sq", *average_names]
     return [
         Held("weights", part * zero.item),
         Held("small weights, whole", whole * zero.item if zero.world_size > 1 else 0),
         *(_at(name, MASTER_BYTES * part, away) for name in copies),
         _at("counters", COUNTER_BYTES * counters, away),
-        _at("gradients", MASTER_BYTES * part, away),
+        _at("gradients", MASTER_BYTES * part * (2 if away else 1), away),  # as they come, and for the update
         Held("reduce buckets", int(zero.option("reduce_bucket_size")) * zero.item),
     ]
 
@@ -181,8 +189,26 @@ def _at(name: str, size: int, away: bool) -> Held:
 def _padded_groups(parameters: Iterable[Parameter], world_size: int) -> Iterable[int]:
     """Elements of each group of the optimizer, with what is added for equal partitions."""
     step = ALIGNMENT * world_size
-    for _, members in groupby(sorted(parameters, key=_group), key=_group):
-        yield _share(sum(parameter.numel for parameter in members), step) * step
+    for group in _groups(parameters):
+        yield _share(sum(parameter.numel for parameter in group), step) * step
+
+
+def _groups(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
+    """Parameters by group of the optimizer."""
+    return [list(members) for _, members in groupby(sorted(parameters, key=_group), key=_group)]
+
+
+def _touched(parameters: Sequence[Parameter], world_size: int) -> int:
+    """Most elements of the parameters, whole, of which a rank owns any under stages 1 and 2."""
+    found = [0] * world_size
+    for group, padded in zip(_groups(parameters), _padded_groups(parameters, world_size), strict=True):
+        size, start = padded // world_size, 0
+        for parameter in group:
+            end = start + parameter.numel
+            for rank in range(start // size, _share(end, size)):
+                found[rank] += parameter.numel
+            start = end
+    return max(found)
 
 
 def _sub_groups(group: Sequence[Parameter], zero: Zero) -> int:
@@ -208,7 +234,16 @@ def _share(numel: int, parts: int) -> int:
 
 def persistent(parameters: Iterable[Parameter], zero: Zero) -> list[Parameter]:
     """Small parameters, which ZeRO-3 keeps whole on every rank."""
-    return [p for p in parameters if p.numel <= zero.option("stage3_param_persistence_threshold")]
+    return [p for p in parameters if _stays(p, zero)]
+
+
+def _stays(parameter: Parameter, zero: Zero) -> bool:
+    return bool(parameter.numel <= zero.option("stage3_param_persistence_threshold"))
+
+
+def _padded(parameter: Parameter, zero: Zero) -> int:
+    """Elements that are moved where ranks gather a parameter, or reduce its gradient."""
+    return _share(parameter.numel, zero.world_size) * zero.world_size
 
 
 def bucket_bytes(zero: Zero) -> int:
@@ -257,9 +292,8 @@ def _sent_12(parameters: Sequence[Parameter], zero: Zero, accumulation: int) -> 
 
 def _sent_3(parameters: Sequence[Parameter], zero: Zero, accumulation: int, compiled: bool) -> list[Collective]:
     several = zero.world_size > 1
-    padded = sum(_share(p.numel, zero.world_size) for p in parameters) * zero.world_size
-    small = persistent(parameters, zero)
-    after = sum(_share(p.numel, zero.world_size) for p in small) * zero.world_size if several else 0
+    padded, small = sum(_padded(p, zero) for p in parameters), persistent(parameters, zero)
+    after = sum(_padded(p, zero) for p in small) if several else 0
     units, twice = gathers(parameters, zero, compiled)
     each = (sum(units) + twice) if several else 0
     buckets = max(1, round(padded / zero.option("reduce_bucket_size")))
@@ -281,8 +315,8 @@ def _sent_3(parameters: Sequence[Parameter], zero: Zero, accumulation: int, comp
 def gathers(parameters: Sequence[Parameter], zero: Zero, compiled: bool = False) -> tuple[list[int], int]:
     """What ZeRO-3 gathers in a micro-batch.
 
-    A module's weights are let go after its forward pass, and gathered again for its backward pass, unless that comes
-    within `stage3_max_reuse_distance` elements of other weights: the last modules, or all of a small network.
+    A module's weights are let go after its forward pass, and gathered again for its backward pass, but for the last
+    modules, or all of a small network: see `_passes`.
 
     Args:
         parameters: in the order of the forward pass.
@@ -292,19 +326,66 @@ def gathers(parameters: Sequence[Parameter], zero: Zero, compiled: bool = False)
     Returns:
         Elements of each gather of the forward pass, padding included; and those that are gathered once more.
     """
-    small = {id(p) for p in persistent(parameters, zero)}
-    modules = [list(members) for _, members in groupby(parameters, key=lambda p: _unit(p.module, compiled))]
-    units = [
-        sum(_share(p.numel, zero.world_size) * zero.world_size for p in module if id(p) not in small)
-        for module in modules
-    ]
-    sizes, reach = [sum(p.numel for p in module) for module in modules], zero.option("stage3_max_reuse_distance")
-    behind, twice = 0, 0
-    for size, unit in zip(reversed(sizes), reversed(units), strict=True):
-        if 2 * behind >= reach:  # to the end of the forward pass, and back again
-            twice += unit
-        behind += size
-    return [unit for unit in units if unit], twice
+    modules = _modules(parameters, compiled)
+    units = [sum(_padded(p, zero) for p in module if not _stays(p, zero)) for module in modules]
+    return [unit for unit in units if unit], _passes(modules, zero)[0] - sum(units)
+
+
+def _modules(parameters: Iterable[Parameter], compiled: bool) -> list[list[Parameter]]:
+    """What is gathered together."""
+    return [list(members) for _, members in groupby(parameters, key=lambda p: _unit(p.module, compiled))]
+
+
+def _passes(modules: Sequence[Sequence[Parameter]], zero: Zero) -> tuple[int, int]:
+    """A forward and a backward pass as ZeRO-3 goes through them once it knows them.
+
+    A module's weights stay for the backward pass if that comes within `stage3_max_reuse_distance` elements of other
+    weights. So do those that DeepSpeed finds already there as it looks ahead for what to gather next, which it does for
+    as long as fewer than `stage3_max_live_parameters` elements are gathered.
+
+    Returns:
+        Elements that are gathered, padding included; and most that are there at a time, beside those that always are.
+
+    Source: DeepSpeed's `PartitionedParameterCoordinator`.
+    """
+    live, bucket = zero.option("stage3_max_live_parameters"), zero.option("stage3_prefetch_bucket_size")
+    numbers = iter(range(sum(map(len, modules))))
+    forward = [[(next(numbers), parameter) for parameter in module] for module in modules]
+    steps = [*forward, *reversed(forward)]
+    trace = list(chain.from_iterable(steps))
+    here, kept, sent = {number for number, p in trace if _stays(p, zero)}, set[int](), 0
+    ends, seen, there, most = 0, 0, 0, 0
+    behind = sum(p.numel for module in modules for p in module)
+
+    def gather(members: Iterable[tuple[int, Parameter]]) -> list[Parameter]:
+        missing = {number: p for number, p in members if number not in here}
+        here.update(missing)
+        return list(missing.values())
+
+    for step, members in enumerate(steps):
+        ends += len(members)
+        found, seen = gather(members), max(seen, ends)
+        for _ in range(LOOKS_AHEAD):
+            room, next_ones = min(live - there - _elements(found), bucket), list[Parameter]()
+            while seen < len(trace) and _elements(next_ones) < room:
+                next_ones += gather(trace[seen : seen + 1])
+                kept.update({trace[seen][0]} if 2 * seen >= len(trace) else ())
+                seen += 1
+            found += next_ones
+        sent, there = sent + sum(_padded(p, zero) for p in found), there + _elements(found)
+        most = max(most, there)
+        first = step < len(forward)
+        behind -= _elements(p for _, p in members) if first else 0
+        for number, parameter in members:
+            stays = first and (number in kept or 2 * behind < zero.option("stage3_max_reuse_distance"))
+            if not stays and not _stays(parameter, zero):
+                here.discard(number)
+                there -= parameter.numel
+    return sent, most
+
+
+def _elements(parameters: Iterable[Parameter]) -> int:
+    return sum(parameter.numel for parameter in parameters)
 
 
 def _unit(module: str, compiled: bool) -> str:
@@ -317,8 +398,7 @@ def gathered_bytes(parameters: Sequence[Parameter], zero: Zero, compiled: bool =
     """Most bytes of whole weights that ZeRO-3 has on a rank at a time, beside those that stay."""
     if zero.stage != 3 or zero.world_size == 1:
         return 0
-    units, _ = gathers(parameters, zero, compiled)
-    return zero.item * int(min(sum(units), max(zero.option("stage3_max_live_parameters"), max(units, default=0))))
+    return zero.item * _passes(_modules(parameters, compiled), zero)[1]
 
 
 def check_zero(zero: Zero) -> None:

@@ -19,11 +19,13 @@ class Flops(NamedTuple):
     Attributes:
         forward: of the forward pass.
         train_step: of forward and backward; MFU is counted in these.
+        attention: what of these is between tokens: queries with keys, and what comes of it with values.
         recomputation: what it costs beyond that to compute forgotten activations again.
     """
 
     forward: int
     train_step: int
+    attention: int
     recomputation: int
 
 
@@ -52,7 +54,9 @@ def mmdit_flops(model: Mapping[str, Any], height: int, width: int, text_tokens: 
     rest = (told + 1 + rows) * inner**2 + image_tokens * inner * patch_values  # conditioning, modulation, projection
     forward = first + sum(blocks) + rest
     again = sum(blocks[::recompute_every]) if recompute_every else 0
-    return Flops(2 * forward, 2 * (3 * forward - first), 2 * again)
+    between = model["layers"] * _attention(inner, image_tokens + text_tokens)
+    between += len(set(model["dual_attention_layers"])) * _attention(inner, image_tokens)
+    return Flops(2 * forward, 2 * (3 * forward - first), 6 * between, 2 * again)
 
 
 def flux_flops(model: Mapping[str, Any], height: int, width: int, text_tokens: int, recompute_every: int = 0) -> Flops:
@@ -70,7 +74,8 @@ def flux_flops(model: Mapping[str, Any], height: int, width: int, text_tokens: i
     rest = (told + 1 + rows) * inner**2 + image_tokens * inner * patch_values
     forward = first + sum(blocks) + rest
     again = sum(blocks[::recompute_every]) if recompute_every else 0
-    return Flops(2 * forward, 2 * (3 * forward - first), 2 * again)
+    between = len(blocks) * _attention(inner, tokens)
+    return Flops(2 * forward, 2 * (3 * forward - first), 6 * between, 2 * again)
 
 
 def _joint_block(width: int, image: int, text: int, dual: bool, last: bool) -> int:

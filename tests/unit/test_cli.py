@@ -33,7 +33,8 @@ def test_what_runs_where_one_logs_in_needs_no_torch(make_config: Callable[..., T
     config.write_text(dump(make_config(tmp_path / "run")))
     (tmp_path / "other" / "slurm").mkdir(parents=True)
     for words in (
-        ["submit", "train", str(config), "--site", str(site), "--dry-run"],
+        ["submit", "train", str(config), "--site", str(site), "--dry-run", "site.device=h100"],
+        ["plan", str(config), "--world-size", "4", "--site", str(site)],
         *([command, str(tmp_path / "other")] for command in ("status", "stop", "logs")),
         ["requeue", str(tmp_path / "other"), "0"],
     ):

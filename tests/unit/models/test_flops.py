@@ -51,7 +51,7 @@ def counted(family: str, model: dict[str, Any], size: tuple[int, int], text_toke
             torch.empty(batch, model["pooled_dim"]),
             torch.ones(text_tokens, dtype=torch.int64),
         )
-        totals = []
+        totals, between = [], 0
         for backward, again in ((False, 0), (True, 0), (True, every)):
             recompute(list(network.blocks), again)
             with FlopCounterMode(display=False) as counter:
@@ -59,8 +59,11 @@ def counted(family: str, model: dict[str, Any], size: tuple[int, int], text_toke
                 if backward:
                     output.sum().backward()
             totals.append(counter.get_total_flops() // batch)
+            if backward and not again:
+                by_operation = counter.get_flop_counts()["Global"]
+                between = sum(count for name, count in by_operation.items() if str(name) == "aten.bmm") // batch
     forward, train_step, with_recomputation = totals
-    return Flops(forward, train_step, with_recomputation - train_step)
+    return Flops(forward, train_step, between, with_recomputation - train_step)
 
 
 @pytest.mark.parametrize(("model", "size", "text_tokens", "every"), CASES)

@@ -1,0 +1,135 @@
+"""`fmscale plan`, `submit` and `train` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fmscale.cli import main
+from fmscale.config import TrainConfig, dump, load
+from fmscale.errors import UserError
+from fmscale.plan import tell
+from fmscale.planning import calibrate
+from fmscale.planning.devices import DEVICES
+from fmscale.site import Site
+from fmscale.train import train
+
+PRESET = str(Path(__file__).parents[3] / "configs" / "sd3_medium_256.yaml")
+SITE = Path(__file__).parents[3] / "launch" / "sites" / "gpus.yaml"
+
+
+@pytest.fixture
+def config(make_config: Callable[..., TrainConfig], tmp_path: Path) -> str:
+    path = tmp_path / "train.yaml"
+    path.write_text(dump(make_config(tmp_path / "run")))
+    return str(path)
+
+
+def test_the_first_lines_are_those_of_train(
+    config: str,
+    make_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("INFO", logger="fmscale"):
+        train(make_config(tmp_path / "run"))
+    said = [record.getMessage() for record in caplog.records]
+    capsys.readouterr()
+    assert main(["plan", config, "--device", "cpu"]) == 0
+    planned = capsys.readouterr().out.splitlines()
+    assert planned[:3] == [line for line in said if line.startswith(("model ", "data ", "batch "))]
+    plans = [line for line in said if line.startswith("plan ")]
+    assert "GiB of a rank's memory" in plans[0]
+    assert [line.split(":")[0] for line in plans[1:]] == [
+        "plan     bucket 8x8",
+        "plan     bucket 8x16",
+        "plan     bucket 16x8",
+        "plan     memory",
+    ]
+
+
+def test_json_holds_what_the_lines_say(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", PRESET, "--world-size", "64", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["device"] == "h100"
+    assert sum(data["parameters"].values()) == 2_028_328_000
+    assert data["gpu_hours"] == pytest.approx(data["seconds"] * 64 / 3600)
+    (phase,) = data["phases"]
+    assert phase["step"]["total"] * 500_000 == pytest.approx(data["seconds"])
+    assert [row["world_size"] for row in data["scaling"]] == [2**power for power in range(11)]
+
+
+def test_a_plot_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", PRESET, "--world-size", "64", "--plot", str(tmp_path / "plan.png")]) == 0
+    with Image.open(tmp_path / "plan.png") as image:
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_a_price_makes_a_sum(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", PRESET, "--world-size", "64", "--price", "2.5", "--json"]) == 0
+    hours = json.loads(capsys.readouterr().out)["gpu_hours"]
+    assert main(["plan", PRESET, "--world-size", "64", "--price", "2.5"]) == 0
+    assert f", {2.5 * hours:,.0f} at 2.5 an hour" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--device", "h1000"], "--device: 'h1000' is none of"),
+        (["--rates", "nowhere.json"], "--rates: nowhere.json is not what"),
+        (["--calibrate", "--device", "h100"], "--device: --calibrate measures"),
+        (["--plot", "no/folder/plan.png"], "--plot: no/folder/plan.png cannot be written"),
+        (["site.nodes=2"], "give --site SITE"),
+        (["global_batch=2", "--world-size", "3"], "global_batch 2 cannot be split over 3 ranks"),
+        (["micro_batch=20000", "global_batch=20000"], "of the 76.0 GiB that a h100 gives"),
+        (["--site", str(SITE), "site.write_gb_per_s=0.01"], "site.signal_delay_s"),
+        (["engine.deepspeed={zero_optimization: {reduce_bucket_size: many}}"], "give a number of elements"),
+    ],
+)
+def test_what_could_not_run_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", PRESET, *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fmscale plan: ")
+    assert said in line
+
+
+def test_a_trial_measures_this_machine(
+    config: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calibrate, "TRIAL_S", 0.05)
+    assert main(["plan", config, "--calibrate", "--json"]) == 0
+    text = capsys.readouterr().out
+    data = json.loads(text)
+    assert data["device"] == "cpu"
+    assert all(1e6 < data["rates"][name] < 1e14 for name in ("gemm", "attention", "copy", "link"))
+    (tmp_path / "rates.json").write_text(text)
+    assert main(["plan", config, "--device", "cpu", "--rates", str(tmp_path / "rates.json"), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["seconds"] > 0
+    rates = {name: rate for name, rate in data["rates"].items() if name != "source"}
+    assert {name: again["rates"][name] for name in rates} == rates
+
+
+def test_submit_says_what_a_job_needs(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["submit", "train", config, "--site", str(SITE), "--dry-run", "site.device=h100", "site.nodes=2"]
+    assert main(words) == 0
+    script, log = capsys.readouterr()
+    said = log.splitlines()
+    assert any(line.startswith("batch    32 images = 16 ranks x 1 accumulation") for line in said), said
+    assert any(line.startswith("plan ") and "GiB of a rank's memory" in line for line in said)
+    assert script.startswith("#!")
+
+
+def test_what_no_rank_can_hold_is_not_submitted() -> None:
+    config = load(TrainConfig, PRESET, ["model.layers=60", "model.heads=60", "engine.zero_stage=1"])
+    with pytest.raises(UserError, match="more than a l4 has"):
+        tell(config, load(Site, SITE, ["device=l4", "nodes=1"]))
+
+
+def test_devices_are_by_the_names_that_cuda_gives() -> None:
+    assert len({device.cuda_name for device in DEVICES.values()}) == len(DEVICES)

@@ -281,7 +281,7 @@ def _sent_12(parameters: Sequence[Parameter], zero: Zero, accumulation: int) -> 
     alone = not several and not zero.compact and zero.offload == "none"
     buckets = max(1, round(total / zero.option("reduce_bucket_size")))
     name = "all_reduce" if zero.option("use_multi_rank_bucket_allreduce") else "reduce"
-    calls = buckets * (zero.world_size if name == "reduce" else 1) * times
+    calls = (buckets + (zero.world_size - 1 if name == "reduce" else 0)) * times
     gathered = sum(_padded_groups(parameters, zero.world_size)) if several else 0
     groups = len({parameter.group for parameter in parameters}) if several else 0
     return [
@@ -294,8 +294,7 @@ def _sent_3(parameters: Sequence[Parameter], zero: Zero, accumulation: int, comp
     several = zero.world_size > 1
     padded, small = sum(_padded(p, zero) for p in parameters), persistent(parameters, zero)
     after = sum(_padded(p, zero) for p in small) if several else 0
-    units, twice = gathers(parameters, zero, compiled)
-    each = (sum(units) + twice) if several else 0
+    each = gathers(parameters, zero, compiled) if several else Gathers(0, 0, 0)
     buckets = max(1, round(padded / zero.option("reduce_bucket_size")))
     return [
         Collective(
@@ -306,29 +305,28 @@ def _sent_3(parameters: Sequence[Parameter], zero: Zero, accumulation: int, comp
             zero.overlaps,
         ),
         Collective(
-            "all_gather_into_tensor", "weights", each * zero.item * accumulation, 2 * len(units) * accumulation, True
+            "all_gather_into_tensor",
+            "weights",
+            each.sent * zero.item * accumulation,
+            each.calls * accumulation,
+            True,
         ),
         Collective("all_gather_into_tensor", "small weights", after * zero.item, len(small) if several else 0, False),
     ]
 
 
-def gathers(parameters: Sequence[Parameter], zero: Zero, compiled: bool = False) -> tuple[list[int], int]:
-    """What ZeRO-3 gathers in a micro-batch.
+class Gathers(NamedTuple):
+    """What ZeRO-3 gathers in a micro-batch, beside what stays.
 
-    A module's weights are let go after its forward pass, and gathered again for its backward pass, but for the last
-    modules, or all of a small network: see `_passes`.
-
-    Args:
-        parameters: in the order of the forward pass.
-        zero: settings.
-        compiled: blocks are gathered whole.
-
-    Returns:
-        Elements of each gather of the forward pass, padding included; and those that are gathered once more.
+    Attributes:
+        sent: elements, padding included.
+        calls: about.
+        most: elements that are there at a time.
     """
-    modules = _modules(parameters, compiled)
-    units = [sum(_padded(p, zero) for p in module if not _stays(p, zero)) for module in modules]
-    return [unit for unit in units if unit], _passes(modules, zero)[0] - sum(units)
+
+    sent: int
+    calls: int
+    most: int
 
 
 def _modules(parameters: Iterable[Parameter], compiled: bool) -> list[list[Parameter]]:
@@ -336,25 +334,29 @@ def _modules(parameters: Iterable[Parameter], compiled: bool) -> list[list[Param
     return [list(members) for _, members in groupby(parameters, key=lambda p: _unit(p.module, compiled))]
 
 
-def _passes(modules: Sequence[Sequence[Parameter]], zero: Zero) -> tuple[int, int]:
+def gathers(parameters: Iterable[Parameter], zero: Zero, compiled: bool) -> Gathers:
     """A forward and a backward pass as ZeRO-3 goes through them once it knows them.
 
-    A module's weights stay for the backward pass if that comes within `stage3_max_reuse_distance` elements of other
-    weights. So do those that DeepSpeed finds already there as it looks ahead for what to gather next, which it does for
-    as long as fewer than `stage3_max_live_parameters` elements are gathered.
+    A module's weights are let go after its forward pass, and gathered again for its backward pass. They stay if that
+    comes within `stage3_max_reuse_distance` elements of other weights. So do those that DeepSpeed finds already there
+    as it looks ahead for what to gather next, which it does for as long as fewer than `stage3_max_live_parameters`
+    elements are gathered.
 
-    Returns:
-        Elements that are gathered, padding included; and most that are there at a time, beside those that always are.
+    Args:
+        parameters: in the order of the forward pass.
+        zero: settings.
+        compiled: blocks are gathered whole.
 
     Source: DeepSpeed's `PartitionedParameterCoordinator`.
     """
+    modules = _modules(parameters, compiled)
     live, bucket = zero.option("stage3_max_live_parameters"), zero.option("stage3_prefetch_bucket_size")
     numbers = iter(range(sum(map(len, modules))))
     forward = [[(next(numbers), parameter) for parameter in module] for module in modules]
     steps = [*forward, *reversed(forward)]
     trace = list(chain.from_iterable(steps))
     here, kept, sent = {number for number, p in trace if _stays(p, zero)}, set[int](), 0
-    ends, seen, there, most = 0, 0, 0, 0
+    ends, seen, there, most, calls = 0, 0, 0, 0, 0
     behind = sum(p.numel for module in modules for p in module)
 
     def gather(members: Iterable[tuple[int, Parameter]]) -> list[Parameter]:
@@ -373,6 +375,7 @@ def _passes(modules: Sequence[Sequence[Parameter]], zero: Zero) -> tuple[int, in
                 seen += 1
             found += next_ones
         sent, there = sent + sum(_padded(p, zero) for p in found), there + _elements(found)
+        calls += bool(found)
         most = max(most, there)
         first = step < len(forward)
         behind -= _elements(p for _, p in members) if first else 0
@@ -381,7 +384,7 @@ def _passes(modules: Sequence[Sequence[Parameter]], zero: Zero) -> tuple[int, in
             if not stays and not _stays(parameter, zero):
                 here.discard(number)
                 there -= parameter.numel
-    return sent, most
+    return Gathers(sent, calls, most)
 
 
 def _elements(parameters: Iterable[Parameter]) -> int:
@@ -398,7 +401,7 @@ def gathered_bytes(parameters: Sequence[Parameter], zero: Zero, compiled: bool =
     """Most bytes of whole weights that ZeRO-3 has on a rank at a time, beside those that stay."""
     if zero.stage != 3 or zero.world_size == 1:
         return 0
-    return zero.item * _passes(_modules(parameters, compiled), zero)[1]
+    return zero.item * gathers(parameters, zero, compiled).most
 
 
 def check_zero(zero: Zero) -> None:

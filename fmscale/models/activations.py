@@ -23,7 +23,7 @@ class Activations(NamedTuple):
     Attributes:
         saved: what the forward pass keeps for the backward pass.
         transient: by how much more than that there is at most: gradients, and what is computed again. An estimate,
-            right to a tenth of the sum.
+            right within a tenth of the sum.
     """
 
     saved: int

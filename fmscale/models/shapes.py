@@ -6,7 +6,7 @@ Dimensions: D width of a token, which is heads · head_dim.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from typing import Any, NamedTuple, TypeVar
 
@@ -106,6 +106,18 @@ def flux_weights(model: Mapping[str, Any]) -> Iterator[Weight]:
         yield from _linear(f"blocks.{layer}.leave", 5 * width, width)
     yield from _linear("modulation", width, (12 * layers + 3 * singles + 2) * width)
     yield from _linear("proj_out", width, patch_values)
+
+
+def in_forward_order(weights: Iterable[Weight]) -> list[Weight]:
+    """Weights as modules run: what steers all blocks before these, and in a block first what goes to the attention."""
+
+    def place(weight: Weight) -> tuple[int, int, int]:
+        first, *rest = weight.module.split(".")
+        if first == "blocks":
+            return 1, int(rest[0]), 0 if "qkv" in rest else 1
+        return {"modulation": (0, 1, 0), "proj_out": (2, 0, 0)}.get(first, (0, 0, 0))
+
+    return sorted(weights, key=place)
 
 
 def _stream(name: str, width: int, norm_dim: int, *, dual: bool = False, read: bool = False) -> Iterator[Weight]:

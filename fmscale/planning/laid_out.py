@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from fmscale.config import NetworkConfig, TrainConfig
 from fmscale.engine.sharding import Parameter, Zero
-from fmscale.models.shapes import weights_of
+from fmscale.models.shapes import in_forward_order, weights_of
 
 
 def average_names(config: TrainConfig) -> list[str]:
@@ -29,11 +29,13 @@ def zero_of(config: TrainConfig, world_size: int, gpu: bool) -> Zero:
 
 
 @lru_cache(maxsize=8)
-def parameters_of(model: NetworkConfig) -> tuple[Parameter, ...]:
-    """What ZeRO sees of a network's parameters, in its order; those without weight decay are the optimizer's second.
+def parameters_of(model: NetworkConfig, as_they_run: bool = False) -> tuple[Parameter, ...]:
+    """What ZeRO sees of a network's parameters; those without weight decay are the optimizer's second group.
 
     Args:
         model: section of a config.
+        as_they_run: in the order of the forward pass, and not in the network's own.
     """
     weights = weights_of(model.model_dump())
+    weights = in_forward_order(weights) if as_they_run else weights
     return tuple(Parameter(weight.module, weight.numel, int(not weight.decays)) for weight in weights)

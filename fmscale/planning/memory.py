@@ -6,7 +6,6 @@ with all gradients. In between one goes as the other comes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from fmscale.config import TrainConfig
@@ -15,14 +14,13 @@ from fmscale.engine.sharding import (
     ITEM_BYTES,
     MASTER_BYTES,
     Held,
-    Parameter,
     Zero,
     bucket_bytes,
     gathered_bytes,
     states,
 )
 from fmscale.models.activations import activations
-from fmscale.planning.laid_out import average_names
+from fmscale.planning.laid_out import average_names, parameters_of
 from fmscale.planning.stock import Shape
 
 MOST_IMAGES = 1 << 16  # of a micro-batch that is looked for
@@ -69,16 +67,23 @@ class Base(NamedTuple):
         return sum(held.device for held in self.states)
 
 
-def held(config: TrainConfig, parameters: Sequence[Parameter], zero: Zero) -> Base:
-    """What a rank holds whatever the bucket is; arguments as of `states`."""
+def held(config: TrainConfig, zero: Zero, accumulation: int) -> Base:
+    """What a rank holds whatever the bucket is.
+
+    Args:
+        config: of a phase.
+        zero: its settings.
+        accumulation: micro-batches in a step.
+    """
+    parameters = parameters_of(config.model)
     total = sum(parameter.numel for parameter in parameters)
     part = MASTER_BYTES * -(-total // zero.world_size)
     alone = zero.stage < 3 and zero.offload == "none"
     gradients = {1: total * zero.item, 2: part if zero.compact else part * zero.item // MASTER_BYTES, 3: 0}[zero.stage]
     return Base(
-        tuple(states(parameters, zero, average_names(config))),
+        tuple(states(parameters, zero, average_names(config), accumulation)),
         bucket_bytes(zero),
-        gathered_bytes(parameters, zero, config.engine.compile),
+        gathered_bytes(parameters_of(config.model, as_they_run=True), zero, config.engine.compile),
         gradients if alone or zero.stage == 1 else 0,
         part if alone and zero.gpu and not zero.compact else 0,
     )

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 from fmscale.config import TrainConfig
 from fmscale.data.order import Split
-from fmscale.engine.sharding import ITEM_BYTES, Collective, Parameter, Zero, collectives
+from fmscale.engine.sharding import ITEM_BYTES, Collective, Zero, collectives
 from fmscale.models.activations import activations
 from fmscale.models.flops import FLOPS, Flops
 from fmscale.planning.devices import CALL_S, HOST_GB_PER_S, Cluster
+from fmscale.planning.laid_out import parameters_of
 from fmscale.planning.stock import Shape
 from fmscale.size import tally_values
 
@@ -103,8 +104,15 @@ def sent_s(collective: Collective, cluster: Cluster, world_size: int) -> float:
     return collective.wire(world_size) / cluster.ring(world_size) + waits
 
 
-def traffic(config: TrainConfig, parameters: Sequence[Parameter], zero: Zero, accumulation: int) -> list[Collective]:
-    """What a step sends; arguments as of `collectives`."""
+def traffic(config: TrainConfig, zero: Zero, accumulation: int) -> list[Collective]:
+    """What a step sends.
+
+    Args:
+        config: of a phase.
+        zero: its settings.
+        accumulation: micro-batches in a step.
+    """
+    parameters = parameters_of(config.model, as_they_run=True)
     return collectives(parameters, zero, accumulation, tally_values(zero.world_size), config.engine.compile)
 
 

@@ -182,12 +182,12 @@ def plan_phase(phase: Phase, stock: Stock, world_size: int, cluster: Cluster) ->
     """
     config = phase.config
     cut = split(config.global_batch, world_size, config.micro_batch)
-    parameters, zero = parameters_of(config.model), zero_of(config, world_size, cluster.gpu is not None)
+    zero = zero_of(config, world_size, cluster.gpu is not None)
     check_zero(zero)
     for shape in stock.shapes:
         _check_shape(config, shape)
-    base, total = held(config, parameters, zero), sum(parameter.numel for parameter in parameters)
-    sent = traffic(config, parameters, zero, cut.accumulation)
+    base, sent = held(config, zero, cut.accumulation), traffic(config, zero, cut.accumulation)
+    total = sum(parameter.numel for parameter in parameters_of(config.model))
 
     def plan_bucket(shape: Shape, share: float) -> BucketPlan:
         memory = memory_of(config, base, shape, stock.text_tokens, cut)

@@ -178,10 +178,12 @@ def test_the_closed_form_is_what_autograd_keeps_on_gpus(
     ("name", "bucket", "dtype"),
     [("plain", PORTRAIT, torch.float32), ("dual_normed", SQUARE, torch.bfloat16), ("flux", LANDSCAPE, torch.float32)],
 )
-def test_the_peak_is_right_to_a_tenth(name: str, bucket: Bucket, dtype: torch.dtype, how: tuple[int, Parts]) -> None:
+def test_the_peak_is_right_within_a_tenth(
+    name: str, bucket: Bucket, dtype: torch.dtype, how: tuple[int, Parts]
+) -> None:
     model, batch = MODELS[name], batch_of(MODELS[name], bucket)
     found = most_at_a_time(network_of(model, dtype, *how), batch)
-    assert 0.95 * found < sum(closed_form(model, bucket, dtype, *how)) < 1.1 * found
+    assert 0.98 * found < sum(closed_form(model, bucket, dtype, *how)) < 1.08 * found
 
 
 @pytest.mark.parametrize("model", [PLAIN, FLUX], ids=["mmdit", "flux"])

@@ -93,7 +93,7 @@ def _memory(plan: Plan, phase: PhasePlan) -> Iterator[str]:
         if held.device or held.host:
             yield f"  {held.name:<22} {held.device / GIB:8.2f}{host}"
     beside = {
-        "gradients": phase.base.gradients,
+        "gradients of all weights" if config.engine.zero_stage == 1 else "added gradients": phase.base.gradients,
         "in fp32, as weights are updated": phase.base.flat,
         "reduce buckets": phase.base.buckets,
         "most that ZeRO-3 gathers": phase.base.gathered,

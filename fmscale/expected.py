@@ -34,7 +34,7 @@ class Expectation:
         buckets, self.cluster = job.dataset.mixture.buckets, cluster_here(job.world, job.config.engine.dtype)
         shapes = tuple(Shape(bucket.height, bucket.width, bucket.count) for bucket in buckets)
         shares = tuple(shape.samples / sum(each.samples for each in shapes) for shape in shapes)
-        stock = Stock((), shapes, shares, job.dataset.text_tokens, 0.0, True)
+        stock = Stock((), shapes, shares, job.dataset.text_tokens, 0.0)
         self.plan = plan_phase(job.phase, stock, job.world.world_size, self.cluster)
         self.seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
         self.memory = 0.0
@@ -61,7 +61,7 @@ class Expectation:
                 planned = "" if bucket.step is None else f"{bucket.step.total:.3f} s a step planned, "
                 log.info("plan     bucket %s: %s%.3f s measured", bucket.shape.name, planned, median(times))
         if self.memory:
-            whole = "" if self.cluster.gpu else ", all of the process"
+            whole = "" if self.cluster.gpu else ", of the whole process with its libraries"
             planned = f"{self.plan.fullest.memory.total / GIB:.2f} GiB planned"
             log.info("plan     memory: %s, %.2f measured%s", planned, self.memory / GIB, whole)
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fmscale import config as configs
 from fmscale.config import TrainConfig
 from fmscale.errors import UserError
 from fmscale.log import get_logger
-from fmscale.planning.advice import GIB, Advice, advice_of, refusals
+from fmscale.planning.advice import GIB, advice_of, refusals
 from fmscale.planning.devices import CPU, DEVICES, NETWORK_GB_PER_S, Cluster, Device, Rates, check_device, stated_rates
-from fmscale.planning.plans import PhasePlan, Plan, plan_of, scaling
+from fmscale.planning.plans import PhasePlan, plan_of, scaling
 from fmscale.planning.report import DAY_S, data_of, first_lines, lines_of
 from fmscale.site import Site, processes_per_node, worlds
 
 log = get_logger(__name__)
 DEFAULT_DEVICE, DEFAULT_PER_NODE = "h100", 8
+MOST_RATE = 1e20  # of FLOP or bytes in a second: no machine comes near
 
 
 def plan_command(args: argparse.Namespace) -> None:
@@ -28,7 +27,7 @@ def plan_command(args: argparse.Namespace) -> None:
     Raises:
         UserError: the run could not go on as planned; the plan is shown all the same.
     """
-    if args.plot:
+    if args.plot is not None:
         _check_plot(Path(args.plot))
     for_site = [each.removeprefix("site.") for each in args.overrides if each.startswith("site.")]
     for_config = [each for each in args.overrides if not each.startswith("site.")]
@@ -42,23 +41,20 @@ def plan_command(args: argparse.Namespace) -> None:
     rows = [] if cluster.rates is None else scaling(plan.phases[-1], cluster)
     advice = [advice_of(plan, phase, rows if phase is plan.phases[-1] else []) for phase in plan.phases]
     why = refusals(plan, site)
-    if args.plot:
+    if site is not None and args.world_size is None and (least := worlds(site)[0]) < world_size:
+        fewer = refusals(plan_of(config, least, cluster, args.allow_pipe), site)
+        why += [f"with {least} ranks: {each}" for each in fewer if each not in why]
+    data = data_of(plan, rows, advice, why, args.price)
+    if args.json:
+        print(json.dumps(data, indent=1, allow_nan=False))
+    else:
+        print("\n".join(lines_of(plan, rows, advice, args.price)))
+    if args.plot is not None:
         from fmscale.plots import write_plan_plot
 
-        write_plan_plot(data_of(plan, rows, advice, why), Path(args.plot))
-    _show(args, plan, rows, advice, why)
+        write_plan_plot(data, Path(args.plot))
     if why:
         raise UserError("; ".join(why))
-
-
-def _show(
-    args: argparse.Namespace, plan: Plan, rows: Sequence[Any], advice: Sequence[Sequence[Advice]], why: Sequence[str]
-) -> None:
-    if args.json:
-        print(json.dumps(data_of(plan, rows, advice, why), indent=1, allow_nan=False))
-        return
-    for line in lines_of(plan, list(rows), advice, args.price):
-        print(line)
 
 
 def cluster_of(args: argparse.Namespace, config: TrainConfig, site: Site | None) -> Cluster:
@@ -66,13 +62,13 @@ def cluster_of(args: argparse.Namespace, config: TrainConfig, site: Site | None)
     dtype, network = config.engine.dtype, args.network_gbit / 8 * 1e9
     per_node = args.gpus_per_node or (DEFAULT_PER_NODE if site is None else processes_per_node(site))
     if args.calibrate:
-        if args.device:
+        if args.device is not None:
             raise UserError("--device: --calibrate measures the device at hand; leave one of them out")
         from fmscale.planning.calibrate import calibrate
 
         return Cluster(*calibrate(dtype), per_node, network)
-    given = args.device or (None if site is None else site.device) or DEFAULT_DEVICE
-    name = check_device(given, "--device" if args.device else "site.device")
+    of_site = DEFAULT_DEVICE if site is None else site.device or (DEFAULT_DEVICE if site.gpus_per_node else CPU)
+    name = check_device(of_site, "site.device") if args.device is None else check_device(args.device, "--device")
     rates = stated_rates(name, dtype) if args.rates is None else read_rates(Path(args.rates))
     return Cluster(name, DEVICES.get(name), rates, per_node, network)
 
@@ -106,7 +102,7 @@ def _tell_memory(phase: PhasePlan, gpu: Device, name: str) -> None:
     pace = f"{phase.step.total:.3f} s a step, {phase.seconds / DAY_S:.2f} days"
     log.info("plan     %s, %.1f GiB of a rank's memory, of %.1f", pace, fullest, gpu.usable / GIB)
     if phase.base.device > gpu.memory:
-        raise UserError(f"engine.zero_stage: a rank holds {held:.1f} GiB, more than a {name} has; see `fmscale plan`")
+        raise UserError(f"engine.zero_stage: a rank holds {held:.1f} GiB, more than {name} has; see `fmscale plan`")
     if phase.fullest.memory.total > gpu.usable:
         log.warning("a rank may run out of memory: `fmscale plan` says what to change")
 
@@ -120,13 +116,15 @@ def read_rates(path: Path) -> Rates:
     try:
         found = json.loads(path.read_text())["rates"]
         gemm, attention, copy, link = (float(found[name]) for name in ("gemm", "attention", "copy", "link"))
-        if not all(0 < rate < float("inf") for rate in (gemm, attention, copy)) or not 0 <= link < float("inf"):
-            raise ValueError("a rate is no number above 0")
+        if not all(1 <= rate <= MOST_RATE for rate in (gemm, attention, copy)) or not 0 <= link <= MOST_RATE:
+            raise ValueError
         return Rates(gemm, attention, copy, link, f"{path}, {found['source']}")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"--rates: {path} is not what `fmscale plan --calibrate --json` prints ({error})") from None
+    except OSError as error:
+        raise UserError(f"--rates: {path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise UserError(f"--rates: {path} is not what `fmscale plan --calibrate --json` prints") from None
 
 
 def _check_plot(path: Path) -> None:
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--plot: {path} cannot be written; give a file in a folder that is there")
+    if path.suffix.lower() != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--plot: {path} cannot be written; give a .png in a folder that is there")

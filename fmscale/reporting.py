@@ -96,8 +96,9 @@ class Reporter:
         expected.announce()
         return expected
 
-    def turn(self, job: Job) -> None:
-        """Go on with another phase."""
+    def turn(self, job: Job, bar: Progress) -> None:
+        """Go on with another phase, once all of the one before is written."""
+        self.flush(bar)
         self.job = job
         if self.expected is not None:
             self.expected.compare()
@@ -123,7 +124,8 @@ class Reporter:
         if self.metrics is not None and self.expected is not None:
             self.job.start.check()
             records = self.metrics.flush()
-            report(self.job.config, records, bar)
+            if records:
+                report(self.job.config, records, bar)
             self.expected.note(records)
             self._name_slow()
 

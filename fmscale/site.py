@@ -37,7 +37,7 @@ class Site(Section):
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
     """One process runs per GPU."""
     device: Text | None = None
-    """What these are, such as h100: then `submit` says what `plan` finds. null plans nothing."""
+    """What these are, such as h100: then `submit` says what `plan` finds. null says no figures."""
     tasks_per_node: Positive | None = None
     """Processes on a node without GPUs; null is 1."""
     cpus_per_task: Positive = 1

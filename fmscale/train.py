@@ -221,7 +221,7 @@ def loop(job: Job, start: int) -> Ending:
             if step == job.phase.until:
                 job = turn(job)
                 batches = batches_of(job, step)
-                reporter.turn(job)
+                reporter.turn(job, bar)
             began = time.perf_counter()
             result = train_step(job, batches, step, requests.heard())
             done = step + 1

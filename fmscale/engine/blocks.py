@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fmscale.engine.recomputed import check_recompute
 from fmscale.engine.zero import gather_whole
-from fmscale.errors import UserError
 
 VERSIONS = 4096  # of compiled code: more than a run has
 
@@ -45,9 +45,7 @@ def recompute(blocks: Sequence[nn.Module], every: int, parts: Sequence[str] = ()
 
     Source: Chen et al. 2016, arXiv:1604.06174.
     """
-    known = parts_of(blocks)
-    if unknown := [name for name in parts if name not in known]:
-        raise UserError(f"engine.recompute: the blocks have no {unknown[0]!r}, only {', '.join(known)}")
+    check_recompute(parts, parts_of(blocks))
     for number, block in enumerate(blocks):
         if every and number % every == 0:
             _forget(block)

@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "stage3_prefetch_bucket_size": 5e7,
     "sub_group_size": 1e9,
 }
+MOST_ELEMENTS = 2**63
 HARMLESS = {"allgather_bucket_size", "log_trace_cache_warnings"}  # they move no byte
 LOOKS_AHEAD = 2  # times for each module with weights: modules that hold it do so too
 
@@ -405,12 +406,18 @@ def gathered_bytes(parameters: Sequence[Parameter], zero: Zero, compiled: bool =
 
 
 def check_zero(zero: Zero) -> None:
-    """Refuse DeepSpeed's settings that are no numbers.
+    """Refuse DeepSpeed's settings that are no numbers of elements.
 
     Raises:
         UserError: names the key.
     """
+    inner = zero.raw.get("zero_optimization", {})
+    if not isinstance(inner, Mapping):
+        raise UserError(f"engine.deepspeed: zero_optimization is a section; give a mapping, not {inner!r}")
     for key, default in DEFAULTS.items():
-        value = zero.option(key)
-        if isinstance(default, float) and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-            raise UserError(f"engine.deepspeed: zero_optimization.{key} is {value!r}; give a number of elements")
+        value, least = zero.option(key), 1 if key == "reduce_bucket_size" else 0
+        number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < MOST_ELEMENTS
+        if isinstance(default, float) and not number:
+            raise UserError(
+                f"engine.deepspeed: zero_optimization.{key} is {value!r}; give a number of elements from {least} on"
+            )

@@ -114,10 +114,16 @@ def in_forward_order(weights: Iterable[Weight]) -> list[Weight]:
     def place(weight: Weight) -> tuple[int, int, int]:
         first, *rest = weight.module.split(".")
         if first == "blocks":
-            return 1, int(rest[0]), 0 if "qkv" in rest else 1
+            return 1, int(rest[0]), 0 if rest[2:3] == ["qkv"] else 1
         return {"modulation": (0, 1, 0), "proj_out": (2, 0, 0)}.get(first, (0, 0, 0))
 
     return sorted(weights, key=place)
+
+
+def recomputable(weights: Iterable[Weight]) -> list[str]:
+    """Parts of blocks that are made of modules themselves, by the names that `engine.recompute` takes."""
+    streams = (weight.module.split(".") for weight in weights if weight.name.startswith("blocks."))
+    return sorted({part for _, _, _, *parts in (path for path in streams if len(path) > 3) for part in parts[:-1]})
 
 
 def _stream(name: str, width: int, norm_dim: int, *, dual: bool = False, read: bool = False) -> Iterator[Weight]:

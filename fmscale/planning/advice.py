@@ -11,7 +11,7 @@ from fmscale.errors import UserError
 from fmscale.planning.devices import Cluster
 from fmscale.planning.laid_out import zero_of
 from fmscale.planning.plans import PhasePlan, Plan, Row, fits, plan_phase, room
-from fmscale.site import Site
+from fmscale.site import Site, processes_per_node
 from fmscale.size import checkpoint_bytes
 
 WORTH = 0.02  # less of a step's time is worth no word
@@ -58,9 +58,14 @@ def refusals(plan: Plan, site: Site | None) -> list[str]:
             total, usable = phase.fullest.memory.total / GIB, plan.cluster.gpu.usable / GIB
             found.append(
                 f"{where}a rank needs {total:.1f} GiB in bucket {phase.fullest.shape.name}, of the {usable:.1f} GiB "
-                f"that a {plan.cluster.name} gives"
+                f"that {plan.cluster.name} gives"
             )
     if site is not None:
+        host = plan.phases[0].base.host * processes_per_node(site)
+        if site.mem_gb is not None and host > site.mem_gb * GIB:
+            found.append(
+                f"site.mem_gb: {site.mem_gb:g}, and the ranks of a node hold {host / GIB:.1f} there; give more"
+            )
         for check in (lambda: check_time(site), lambda: check_save(site, checkpoint_bytes(plan.config))):
             try:
                 check()
@@ -85,7 +90,8 @@ def _fitting(phase: PhasePlan, cluster: Cluster) -> Iterator[Advice]:
     """The fastest settings that fit: of stage, recomputation and micro-batch; offload where nothing else does."""
     for offload in dict.fromkeys((phase.phase.config.engine.offload, "optimizer")):
         best: tuple[float, dict[str, Any], PhasePlan] | None = None
-        sizes = [size for size in (64, 32, 16, 8, 4, 2, 1) if size <= max(phase.split.micro_batch, 1)]
+        own = -(-phase.phase.config.global_batch // phase.split.world_size)
+        sizes = [2**power for power in range(own.bit_length())]
         for stage, every, size in product((1, 2, 3), (0, 1), sizes):
             change = _differences(phase, stage, every, size, offload)
             other = changed(phase, cluster, change)

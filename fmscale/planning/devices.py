@@ -100,14 +100,20 @@ class Cluster(NamedTuple):
     per_node: int
     network: float
 
+    @property
+    def link(self) -> float:
+        """Bytes a second within a node: as measured; where there was but one rank to measure, by the data sheet."""
+        assert self.rates is not None
+        sheet = LINK_SHARE * self.gpu.link if self.gpu else 0.0
+        return self.rates.link or sheet or self.network
+
     def ring(self, world_size: int) -> float:
         """Bytes a second that a ring carries through all ranks.
 
         Within a node the link is its limit. Between nodes there is a ring for each adapter, so that all adapters of a
         node together carry what passes.
         """
-        assert self.rates is not None
-        within = self.rates.link if min(world_size, self.per_node) > 1 else float("inf")
+        within = self.link if min(world_size, self.per_node) > 1 else float("inf")
         return min(within, self.per_node * self.network) if world_size > self.per_node else within
 
     def latency_s(self, world_size: int) -> float:

@@ -66,6 +66,11 @@ class Base(NamedTuple):
         """Bytes of the states that are on the device."""
         return sum(held.device for held in self.states)
 
+    @property
+    def host(self) -> int:
+        """Bytes of the states that are in the host's memory."""
+        return sum(held.host for held in self.states)
+
 
 def held(config: TrainConfig, zero: Zero, accumulation: int) -> Base:
     """What a rank holds whatever the bucket is.

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from fmscale.config import TrainConfig
 from fmscale.data.order import Split, split
+from fmscale.engine.recomputed import check_recompute
 from fmscale.engine.sharding import Collective, check_zero
 from fmscale.errors import UserError
 from fmscale.models.flops import Flops
-from fmscale.models.shapes import PARTS, row_for, weights_of
+from fmscale.models.shapes import PARTS, recomputable, row_for, weights_of
 from fmscale.phases import Phase, learning_rate_at, phases_of
 from fmscale.planning.devices import Cluster
 from fmscale.planning.laid_out import parameters_of, zero_of
@@ -184,6 +185,7 @@ def plan_phase(phase: Phase, stock: Stock, world_size: int, cluster: Cluster) ->
     cut = split(config.global_batch, world_size, config.micro_batch)
     zero = zero_of(config, world_size, cluster.gpu is not None)
     check_zero(zero)
+    check_recompute(config.engine.recompute, recomputable(weights_of(config.model.model_dump())))
     for shape in stock.shapes:
         _check_shape(config, shape)
     base, sent = held(config, zero, cut.accumulation), traffic(config, zero, cut.accumulation)

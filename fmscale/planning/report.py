@@ -47,12 +47,12 @@ def lines_of(plan: Plan, rows: Sequence[Row], advice: Sequence[Sequence[Advice]]
 def first_lines(phase: PhasePlan) -> list[str]:
     """Model, data and batch, as `train` says them."""
     config, stock = phase.phase.config, phase.stock
-    name = " + ".join(part.name for part in stock.parts) or str(config.data.path)
+    name = " + ".join(part.name for part in stock.parts)
     lines = opening(config, name, ((shape.name, shape.samples) for shape in stock.shapes), phase.split)
     if not stock.known:
         lines[1] = (
-            f"data     {name} cannot be seen from here; assumed are one bucket, {stock.shapes[0].name}, and "
-            f"{stock.text_tokens} text tokens"
+            f"data     {', '.join(stock.missing)} cannot be seen from here; assumed are one bucket, "
+            f"{stock.shapes[0].name}, and {stock.text_tokens} text tokens"
         )
     return lines
 
@@ -103,7 +103,7 @@ def _memory(plan: Plan, phase: PhasePlan) -> Iterator[str]:
         yield _bar(bucket, gpu.usable if gpu else None, phase, room(phase, bucket, plan.cluster))
     if gpu is not None:
         marks = ", ".join(f"{mark} {name}" for name, mark in MARKS.items())
-        yield f"  {marks}; | what a {plan.cluster.name} gives, {gpu.usable / GIB:.1f} GiB"
+        yield f"  {marks}; | what {plan.cluster.name} gives, {gpu.usable / GIB:.1f} GiB"
 
 
 def _bar(bucket: BucketPlan, usable: float | None, phase: PhasePlan, other: Room) -> str:
@@ -144,14 +144,13 @@ def _traffic(plan: Plan, phase: PhasePlan) -> Iterator[str]:
 
 
 def _bandwidths(cluster: Cluster) -> str:
-    assert cluster.rates is not None
-    link = f"{cluster.rates.link / 1e9:.0f} GB/s within a node of {cluster.per_node}"
+    link = f"{cluster.link / 1e9:.0f} GB/s within a node of {cluster.per_node}"
     return f"{link}, {cluster.network / 1e9:.0f} GB/s of each rank between nodes, one way"
 
 
 def _time(plan: Plan, phase: PhasePlan) -> Iterator[str]:
     if phase.step is None:
-        yield f"time     not known of a {plan.cluster.name}: --calibrate measures this machine, --device names a GPU"
+        yield f"time     not known of {plan.cluster.name}: --calibrate measures this machine, --device names a GPU"
         return
     step, size = phase.step, phase.stock.sample_bytes
     yield (
@@ -188,7 +187,7 @@ def _whole(plan: Plan, price: float | None) -> Iterator[str]:
     if plan.cluster.rates is None or plan.cluster.gpu is None:
         return
     watts = plan.cluster.gpu.watts
-    energy = f", at most {plan.gpu_hours * watts / 1e6:,.1f} MWh at {watts:g} W of each board" if watts else ""
+    energy = f", at most {plan.gpu_hours * watts / 1e3:,.1f} kWh at {watts:g} W of each board" if watts else ""
     money = "" if price is None else f", {price * plan.gpu_hours:,.0f} at {price:g} an hour"
     yield (
         f"cost     {plan.seconds / DAY_S:.2f} days on {plan.world_size} {plan.cluster.name}: {plan.gpu_hours:,.0f} "
@@ -227,10 +226,12 @@ def _limit(limit: str, fits: bool) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:,.1f} ms"
+    return f"{1000 * seconds:,.1f} ms" if seconds < 1 else f"{seconds:,.2f} s"
 
 
-def data_of(plan: Plan, rows: Sequence[Row], advice: Sequence[Sequence[Advice]], why: Sequence[str]) -> dict[str, Any]:
+def data_of(
+    plan: Plan, rows: Sequence[Row], advice: Sequence[Sequence[Advice]], why: Sequence[str], price: float | None
+) -> dict[str, Any]:
     """The same as data for JSON: bytes, seconds and FLOP; null for what is not known."""
     cluster = plan.cluster
     known = cluster.rates is not None
@@ -245,6 +246,7 @@ def data_of(plan: Plan, rows: Sequence[Row], advice: Sequence[Sequence[Advice]],
         "checkpoint_bytes": checkpoint_bytes(plan.config),
         "seconds": plan.seconds if known else None,
         "gpu_hours": plan.gpu_hours if known else None,
+        "cost": plan.gpu_hours * price if known and price is not None else None,
         "phases": [_phase_data(*each, cluster) for each in zip(plan.phases, advice, strict=True)],
         "scaling": [_row_data(row) for row in rows],
         "refusals": list(why),

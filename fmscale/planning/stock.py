@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ class Stock(NamedTuple):
         shares: of the steps, by bucket.
         text_tokens: of a caption, as the network takes them.
         sample_bytes: of a sample, on average.
-        known: whether there was a manifest.
+        missing: datasets without a manifest that can be seen from here; if there are any, the rest is assumed.
     """
 
     parts: tuple[Part, ...]
@@ -62,7 +62,12 @@ class Stock(NamedTuple):
     shares: tuple[float, ...]
     text_tokens: int
     sample_bytes: float
-    known: bool
+    missing: tuple[str, ...] = ()
+
+    @property
+    def known(self) -> bool:
+        """Whether all datasets can be seen."""
+        return not self.missing
 
 
 def stock_of(config: TrainConfig, allow_pipe: bool = False, remote: bool = True) -> Stock:
@@ -80,19 +85,17 @@ def stock_of(config: TrainConfig, allow_pipe: bool = False, remote: bool = True)
     """
     weights: dict[str, float | None] = {part.path: part.weight for part in config.data.mixture}
     weights = weights or {str(config.data.path): None}
-    if not remote and any(map(is_remote, weights)):
-        return _assumed(config)
-    found = [(_manifest(place, config.data, allow_pipe), place, weight) for place, weight in weights.items()]
-    if any(manifest is None for manifest, _, _ in found):
-        return _assumed(config)
+    asked = [place for place in weights if remote or not is_remote(place)]
+    manifests = {place: _manifest(place, config.data, allow_pipe) for place in asked}
+    if missing := [place for place in weights if manifests.get(place) is None]:
+        return _assumed(config, missing)
     arcs: dict[tuple[int, int], float] = {}
     samples: dict[tuple[int, int], int] = {}
     parts, tokens = [], 0
-    for manifest, place, weight in found:
-        assert manifest is not None
+    for place, weight in weights.items():
         try:
-            part, buckets, own = _read(manifest, place)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            part, buckets, own = _read(manifests[place], place)
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"data: {place}: its index makes no sense ({error!r}): run `fmscale index` there") from None
         parts.append(part)
         tokens = max(tokens, own)
@@ -103,16 +106,16 @@ def stock_of(config: TrainConfig, allow_pipe: bool = False, remote: bool = True)
     shapes = tuple(Shape(*size, samples[size]) for size in sizes)
     shares = tuple(arcs[size] / sum(arcs.values()) for size in sizes)
     mean = sum(part.size for part in parts) / sum(part.samples for part in parts)
-    return Stock(tuple(parts), shapes, shares, tokens, mean, True)
+    return Stock(tuple(parts), shapes, shares, tokens, mean)
 
 
-def _assumed(config: TrainConfig) -> Stock:
+def _assumed(config: TrainConfig, missing: Sequence[str]) -> Stock:
     """Square images of the base resolution, with captions of the usual length, all stored in 16 bits."""
     model = config.model
     side = model.base_size * model.patch_size
     text = T5_TOKENS if model.family == "flux" else CLIP_TOKENS + T5_TOKENS
     size = 2 * (model.latent_channels * side**2 + text * model.context_dim + model.pooled_dim)
-    return Stock((), (Shape(side, side, 0),), (1.0,), text, size, False)
+    return Stock((), (Shape(side, side, 0),), (1.0,), text, size, tuple(missing))
 
 
 def _manifest(place: str, data: DataConfig, allow_pipe: bool) -> Any:
@@ -122,12 +125,16 @@ def _manifest(place: str, data: DataConfig, allow_pipe: bool) -> Any:
         if place.startswith(PIPE) and not allow_pipe:
             return None
         return json.loads(connect(place, data.remote.timeout_s, allow_pipe).read(MANIFEST, 0, None))
-    except ValueError as error:
-        raise UserError(f"data: {place}: its index cannot be read ({error}): run `fmscale index` there") from None
     except UserError:
         raise
-    except Exception:  # whatever libraries for stores raise
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"data: {place}: its index cannot be read ({error}): run `fmscale index` there") from None
+    except Exception as error:  # whatever libraries for stores raise
+        if is_remote(place):
+            return None
+        raise UserError(f"data: {place}: its index cannot be read ({error}): see to its permissions") from None
 
 
 def _read(manifest: Mapping[str, Any], place: str) -> tuple[Part, dict[tuple[int, int], int], int]:
@@ -135,8 +142,8 @@ def _read(manifest: Mapping[str, Any], place: str) -> tuple[Part, dict[tuple[int
     shards = manifest["shards"]
     size, samples = sum(int(shard["size"]) for shard in shards), sum(int(shard["samples"]) for shard in shards)
     buckets = {(int(each["height"]), int(each["width"])): int(each["rows"]) for each in manifest["buckets"]}
-    if samples < 1 or not buckets or min(map(min, buckets)) < 1:
-        raise ValueError("it holds no samples")
+    if samples < 1 or not buckets or min(map(min, buckets)) < 1 or min(buckets.values()) < 1:
+        raise ValueError("it holds no samples, or fewer than none")
     return Part(place, samples, len(shards), size), buckets, text_tokens(manifest)
 
 

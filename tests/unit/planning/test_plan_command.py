@@ -80,13 +80,24 @@ def test_a_price_makes_a_sum(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--device", ""], "--device: '' is none of"),
+        (["--plot", "plan.pdf"], "--plot: plan.pdf cannot be written; give a .png"),
+        (["engine.recompute=[wrong]"], "engine.recompute: the blocks have no 'wrong', only mlp, qkv"),
+        (["engine.deepspeed={zero_optimization: []}"], "zero_optimization is a section"),
+        (["engine.deepspeed={zero_optimization: {reduce_bucket_size: 0}}"], "from 1 on"),
+        (
+            ["--site", str(SITE), "engine.offload=optimizer", "site.mem_gb=1", "site.signal_delay_s=600"],
+            "site.mem_gb: 1, and the ranks of a node hold",
+        ),
+        (["data.path=s3://nowhere/at/all"], "s3://nowhere/at/all: Install s3fs"),
         (["--device", "h1000"], "--device: 'h1000' is none of"),
-        (["--rates", "nowhere.json"], "--rates: nowhere.json is not what"),
+        (["--rates", "nowhere.json"], "--rates: nowhere.json cannot be read"),
+        (["--rates", PRESET], "is not what `fmscale plan --calibrate --json` prints"),
         (["--calibrate", "--device", "h100"], "--device: --calibrate measures"),
         (["--plot", "no/folder/plan.png"], "--plot: no/folder/plan.png cannot be written"),
         (["site.nodes=2"], "give --site SITE"),
         (["global_batch=2", "--world-size", "3"], "global_batch 2 cannot be split over 3 ranks"),
-        (["micro_batch=20000", "global_batch=20000"], "of the 76.0 GiB that a h100 gives"),
+        (["micro_batch=20000", "global_batch=20000"], "of the 76.0 GiB that h100 gives"),
         (["--site", str(SITE), "site.write_gb_per_s=0.01"], "site.signal_delay_s"),
         (["engine.deepspeed={zero_optimization: {reduce_bucket_size: many}}"], "give a number of elements"),
     ],
@@ -115,6 +126,42 @@ def test_a_trial_measures_this_machine(
     assert {name: again["rates"][name] for name in rates} == rates
 
 
+def test_rates_of_a_machine_with_one_gpu_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rates = {"gemm": 6e14, "attention": 3e14, "copy": 2e12, "link": 0.0, "source": "measured on h100"}
+    (tmp_path / "rates.json").write_text(json.dumps({"rates": rates}))
+    for world_size in ("1", "16"):
+        words = ["--rates", str(tmp_path / "rates.json"), "--world-size", world_size]
+        assert main(["plan", PRESET, *words]) == 0
+    assert "at 360 GB/s within a node" in capsys.readouterr().out  # by the data sheet
+
+
+def test_a_site_without_gpus_has_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", PRESET, "--site", str(SITE.with_name("cpus.yaml")), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["device"] == "cpu"
+
+
+def test_the_fewest_ranks_of_a_site_must_do_too(capsys: pytest.CaptureFixture[str]) -> None:
+    large = ["model.layers=60", "model.heads=60", "engine.zero_stage=3", "engine.recompute_every=1", "micro_batch=1"]
+    words = ["--site", str(SITE), "site.nodes=1-64", "site.device=h100", "site.signal_delay_s=3600", *large]
+    assert main(["plan", PRESET, *words, "site.write_gb_per_s=1000"]) == 2
+    assert "with 8 ranks: a rank needs" in capsys.readouterr().err
+
+
+def test_each_phase_is_compared_with_its_own_steps(
+    make_config: Callable[..., TrainConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    phases = "[{until_step: 3}, {micro_batch: 8}]"
+    with caplog.at_level("INFO", logger="fmscale"):
+        train(make_config(tmp_path / "run", f"phases={phases}", "log.every_steps=100", "checkpoint.every_steps=100"))
+    said = [line.getMessage() for line in caplog.records if line.getMessage().startswith("plan ")]
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    begins = [number for number, line in enumerate(said) if "a rank's memory" in line]
+    assert len(begins) == 2
+    for phase, lines in enumerate((said[: begins[1]], said[begins[1] :])):
+        named = {line.split()[2].rstrip(":") for line in lines if line.endswith("s measured")}
+        assert named == {step["bucket"] for step in steps if step["phase"] == phase}
+
+
 def test_submit_says_what_a_job_needs(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["submit", "train", config, "--site", str(SITE), "--dry-run", "site.device=h100", "site.nodes=2"]
     assert main(words) == 0
@@ -127,7 +174,7 @@ def test_submit_says_what_a_job_needs(config: str, capsys: pytest.CaptureFixture
 
 def test_what_no_rank_can_hold_is_not_submitted() -> None:
     config = load(TrainConfig, PRESET, ["model.layers=60", "model.heads=60", "engine.zero_stage=1"])
-    with pytest.raises(UserError, match="more than a l4 has"):
+    with pytest.raises(UserError, match="more than l4 has"):
         tell(config, load(Site, SITE, ["device=l4", "nodes=1"]))
 
 

@@ -116,6 +116,13 @@ def test_where_nothing_fits_it_is_said() -> None:
     assert "nothing fits" in advice_of(plan, plan.phases[0], [])[0].why
 
 
+def test_the_fastest_that_fits_may_have_a_larger_micro_batch() -> None:
+    small = Cluster("a10", DEVICES["a10"], stated_rates("a10", "bf16"), 8, 50e9)
+    plan = plan_of(preset("flux_dev_256", "micro_batch=1"), 3, small)
+    first = advice_of(plan, plan.phases[0], [])[0]
+    assert first.change["micro_batch"] > 1
+
+
 def test_advice_saves_what_it_says() -> None:
     plan = plan_of(preset("sd3_medium_256"), 64, H100)
     (phase,) = plan.phases

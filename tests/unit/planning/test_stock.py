@@ -67,7 +67,31 @@ def test_data_that_are_not_there_are_assumed(make_config: Callable[..., TrainCon
     assert stock.text_tokens == 333
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"shards": [], "buckets": [], "layout": {}, "made_by": null}', "[1]"])
+def test_a_part_of_a_mixture_that_is_not_there_is_named(
+    make_config: Callable[..., TrainConfig], dataset: Path, tmp_path: Path
+) -> None:
+    parts = f"[{{path: {dataset}, weight: 1}}, {{path: nowhere, weight: 3}}]"
+    stock = stock_of(make_config(tmp_path / "run", "data.path=null", f"data.mixture={parts}"))
+    assert stock.missing == ("nowhere",)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("height", 0), ("height", 1e400), ("rows", 0), ("rows", -2), ("rows", "many")]
+)
+def test_a_bucket_that_makes_no_sense_is_refused(
+    make_config: Callable[..., TrainConfig], dataset: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    manifest = json.loads((dataset / "index" / "manifest.json").read_text())
+    manifest["buckets"][0][key] = value
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"fmscale index"):
+        stock_of(make_config(tmp_path / "run", f"data.path={tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{}", "[" * 200_000, '{"shards": [], "buckets": [], "layout": {}, "made_by": null}', "[1]"]
+)
 def test_a_manifest_that_makes_no_sense_is_refused(
     make_config: Callable[..., TrainConfig], tmp_path: Path, text: str
 ) -> None:

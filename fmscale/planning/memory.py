@@ -53,6 +53,7 @@ class Base(NamedTuple):
         gathered: weights of ZeRO-3 that are whole for a while.
         gradients: beside the states, whole.
         flat: one more copy of a rank's own gradients, in fp32, as weights are updated.
+        gpu: ranks have one each.
     """
 
     states: tuple[Held, ...]
@@ -60,6 +61,7 @@ class Base(NamedTuple):
     gathered: int
     gradients: int
     flat: int
+    gpu: bool
 
     @property
     def device(self) -> int:
@@ -91,6 +93,7 @@ def held(config: TrainConfig, zero: Zero, accumulation: int) -> Base:
         gathered_bytes(parameters_of(config.model, as_they_run=True), zero, config.engine.compile),
         gradients if alone or zero.stage == 1 else 0,
         part if alone and zero.gpu and not zero.compact else 0,
+        zero.gpu,
     )
 
 
@@ -106,7 +109,7 @@ def memory_of(config: TrainConfig, base: Base, shape: Shape, text_tokens: int, c
     """
     item, part = ITEM_BYTES[config.engine.dtype], config.engine
     sizes = shape.height, shape.width, text_tokens, cut.micro_batch, item
-    found = activations(config.model.model_dump(), *sizes, part.recompute_every, part.recompute)
+    found = activations(config.model.model_dump(), *sizes, part.recompute_every, part.recompute, fused_norm=base.gpu)
     backward = {
         "states": base.device,
         "gradients": base.gradients if cut.accumulation > 1 else 0,

@@ -70,6 +70,7 @@ def test_the_pipeline_draws_the_same_latents(chain: Path) -> None:
         assert (ours - theirs).abs().max().item() <= 1e-4
 
 
+@pytest.mark.slow
 def test_a_run_shows_what_it_draws(chain: Path, tmp_path: Path) -> None:
     """One rank or two, under any stage, of captions or prompts, the same images; and the training is none the wiser."""
     mixture = open_mixture(load(TrainConfig, chain / "train.yaml").data)

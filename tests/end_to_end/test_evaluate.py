@@ -25,6 +25,8 @@ from fmscale.pictures import Guidance
 from fmscale.sample import open_generator
 from fmscale.train import train
 
+pytestmark = pytest.mark.slow
+
 IMAGES = 8
 QUICK = ["--steps", "1", "4", "--trace-steps", "8", "--guidance-scale", "2"]
 

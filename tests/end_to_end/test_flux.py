@@ -28,6 +28,8 @@ from fmscale.quickstart import bundled_vae
 from fmscale.runs import open_run
 from fmscale.sample import open_generator
 
+pytestmark = pytest.mark.slow
+
 CLIP_WIDTH, T5_WIDTH, T5_TOKENS = 24, 40, 24
 MODEL: dict[str, Any] = {"family": "flux", "layers": 1, "single_layers": 1, "heads": 2, "head_dim": 16}
 MODEL |= {"rope_dims": [4, 6, 6], "latent_channels": 4, "context_dim": T5_WIDTH, "pooled_dim": CLIP_WIDTH}

@@ -20,6 +20,8 @@ from fmscale.reflow import reflow
 from fmscale.runs import open_run
 from fmscale.sample import open_generator
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a handwritten seven"
 
 

@@ -28,6 +28,8 @@ from fmscale.reflow import reflow
 from fmscale.runs import open_run
 from fmscale.sample import open_generator
 
+pytestmark = pytest.mark.slow
+
 IMAGES, T5_TOKENS = 32, 80
 SETTINGS = ["steps=4", "global_batch=32", "micro_batch=32", "engine.dtype=fp32", "ema.warmup=true"]
 SETTINGS += ["optimizer.lr=0.02", "optimizer.warmup_steps=0", "conditioning.dropout=0.3", "data.workers=0"]

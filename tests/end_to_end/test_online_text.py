@@ -22,6 +22,8 @@ from fmscale.errors import UserError
 from fmscale.quickstart import write_encoders, write_train_config
 from fmscale.train import train
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = ["steps=4", "global_batch=6", "micro_batch=6", "engine.dtype=fp32", "checkpoint.every_steps=2"]
 
 

@@ -35,6 +35,8 @@ from fmscale.runs import open_run
 from fmscale.teacher import Teacher
 from fmscale.train import train
 
+pytestmark = pytest.mark.slow
+
 PAIRS, UNIT = 40, 4
 
 

@@ -18,6 +18,8 @@ from fmscale.models.families import build
 from fmscale.models.mmdit_names import original_form
 from fmscale.models.published import publish
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., TrainConfig]
 Losses = Callable[[Path], dict[int, float]]
 TrainMany = Callable[[int, Sequence[TrainConfig]], None]

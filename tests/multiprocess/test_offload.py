@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).parent / "offloaded.py"
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-3}  # relative; DeepSpeed adds micro-batches up in another order and dtype
 

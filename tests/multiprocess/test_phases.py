@@ -18,6 +18,8 @@ from fmscale.engine.checkpoint import Fragments, open_checkpoint
 from fmscale.quickstart import write_encoders, write_train_config
 from fmscale.runs import open_run
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., TrainConfig]
 TrainMany = Callable[[int, Sequence[TrainConfig]], None]
 Losses = Callable[[Path], dict[int, float]]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).parent / "plain_loop.py"
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-3}  # relative; sums in bf16 differ by 2**-9 with their order
 NORM_TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2}  # of one step's gradient, part by part of the network

@@ -115,7 +115,7 @@ def differences(config: TrainConfig, world_size: int, ranks: Sequence[dict[str, 
     return found + [f"sent {step}, not {sent}" for step in steps if step != sent]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4))])
 def test_ranks_hold_and_send_what_the_closed_form_says(
     world_size: int,
     make_config: Callable[..., TrainConfig],

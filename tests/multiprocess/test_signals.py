@@ -37,7 +37,12 @@ def stop(config: TrainConfig, how: str, *flags: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("how", "nproc"), [("SIGTERM", 1), ("SIGINT", 1), ("SIGUSR2", 1), ("STOP", 1), ("parent", 2), ("SIGTERM", 2)]
+    ("how", "nproc"),
+    [
+        *(pytest.param(how, 1, marks=pytest.mark.slow) for how in ("SIGTERM", "SIGINT", "SIGUSR2", "STOP")),
+        pytest.param("parent", 2, marks=pytest.mark.slow),
+        ("SIGTERM", 2),
+    ],
 )
 def test_a_run_that_is_asked_to_stop_saves_and_ends_well(
     tmp_path: Path,

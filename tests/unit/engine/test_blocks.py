@@ -183,6 +183,7 @@ def test_compiled_equals_eager_and_each_bucket_compiles_once(family: str, tmp_pa
     assert counters["stats"]["unique_graphs"] == kinds * len(sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize(("family", "every"), [("mmdit", 0), ("flux", 1)])
 def test_a_run_of_many_buckets_compiles_every_block_for_each(

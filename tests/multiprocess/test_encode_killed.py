@@ -22,6 +22,8 @@ from fmscale.config import EncodeConfig, load
 from fmscale.data.index import Index
 from fmscale.encode import encode
 
+pytestmark = pytest.mark.slow
+
 KILLS = 9
 
 
@@ -57,7 +59,6 @@ def end(worker: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:
         os.killpg(worker.pid, number)
 
 
-@pytest.mark.slow
 def test_three_workers_killed_at_random_make_the_same_dataset(source: Path, whole: Index) -> None:
     """Killed without warning, one after another, and started again; one decodes by itself, the others in processes."""
     out, dice = source / "killed", random.Random(0)
@@ -103,7 +104,6 @@ def test_a_worker_that_slept_is_overtaken_and_repeats_nothing(source: Path, whol
     assert_same(out, whole)
 
 
-@pytest.mark.slow
 def test_local_workers_do_without_one_that_is_killed(source: Path, whole: Index) -> None:
     out = source / "local"
     parent = start(source, out, "--nproc", "2")
@@ -118,7 +118,6 @@ def test_local_workers_do_without_one_that_is_killed(source: Path, whole: Index)
     assert_same(out, whole)
 
 
-@pytest.mark.slow
 def test_local_workers_end_with_their_parent(source: Path) -> None:
     out = source / "orphans"
     parent = start(source, out, "shard_samples=1", "--nproc", "2")  # many units: they must not be done too soon

@@ -32,10 +32,8 @@ def children(pid: int) -> list[int]:
     return sorted(child for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes())
 
 
-@pytest.mark.parametrize(
-    ("how", "rank"),
-    [("SIGSTOP", 0), pytest.param("SIGKILL", 1, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "rank"), [("SIGSTOP", 0), ("SIGKILL", 1)])
 def test_a_rank_that_is_not_heard_of_ends_the_job_and_is_named(
     tmp_path: Path, make_config: Callable[..., TrainConfig], how: str, rank: int
 ) -> None:
@@ -93,6 +91,7 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path: Path, make_config
     assert "distributed_c10d.py" in stacks[0]  # the collective in which it is waited for
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loop", "code", "words"), [(False, 2, "Is a directory"), (True, 1, "Too many levels of")])
 def test_an_error_of_rank_0_alone_is_heard_and_keeps_its_exit_code(
     tmp_path: Path, make_config: Callable[..., TrainConfig], loop: bool, code: int, words: str

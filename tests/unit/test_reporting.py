@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -52,6 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, make_config: Make) -> TrainCon
             lambda job, batch, draws: losses(job, batch, draws) * (float("nan") if batch.step == 4 else 1),
         )
         train(make_config(run_dir, *settings, "steps=6"))
+    time.sleep(1)  # TensorBoard orders what two starts wrote by the second; within one process, then by the alphabet
     config = make_config(run_dir, *settings, "steps=8")
     train(config)
     return config

@@ -71,6 +71,7 @@ def test_encode_is_the_shifted_and_scaled_posterior(vae, split):
     assert not torch.equal(sample, expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_encoder_gives_the_same_latents(tmp_path):
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vae")
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -28,6 +28,7 @@ NEWEST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "points", [["mid-file"], pytest.param(list(NEWEST), marks=pytest.mark.slow)], ids=["one point", "every point"]
 )

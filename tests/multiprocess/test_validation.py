@@ -46,6 +46,7 @@ def numbers(record: dict[str, Any]) -> list[float]:
     return [record["loss"], *record["loss_by_t"], *record["loss_by_bucket"].values()]
 
 
+@pytest.mark.slow
 def test_the_same_in_every_world_and_micro_batch(
     held_out: Path, tmp_path: Path, make_config: Make, train_many: TrainMany
 ) -> None:

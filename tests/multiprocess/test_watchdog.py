@@ -133,6 +133,7 @@ def start_watched(
     ]
 
 
+@pytest.mark.slow
 def test_a_disk_that_hangs_too_does_not_keep_a_rank(tmp_path: Path) -> None:
     """A single rank, whose stacks go where a write never returns: to a pipe that nobody reads."""
     (tmp_path / STALLS).mkdir()
@@ -146,6 +147,7 @@ def test_a_disk_that_hangs_too_does_not_keep_a_rank(tmp_path: Path) -> None:
     assert re.search(r"rank 0 on \S+ \(last in step 0, starting\): not moved on for \d+ s", said)
 
 
+@pytest.mark.slow
 def test_an_error_is_told_though_rank_0_was_stopped(tmp_path: Path) -> None:
     """Whose store no longer answers."""
     stopped, failed = start_watched(tmp_path, 2)

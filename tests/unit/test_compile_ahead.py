@@ -39,6 +39,7 @@ class Compiles:
         return make_boxed_func(graph)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "second"), [(1, {"micro_batch": 16, "engine": {"recompute": ["mlp"]}}), (3, {"flow": {"shift": 2.0}})]
 )

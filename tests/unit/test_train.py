@@ -284,6 +284,7 @@ def behind_url(dataset: Path) -> Iterator[Server]:
 REMOTE = ("data.remote.attempts=4",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("fault", [ERROR, TRUNCATE, STALL])
 def test_training_goes_on_when_a_server_recovers(

@@ -203,6 +203,7 @@ def test_a_run_of_many_buckets_compiles_every_block_for_each(
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("how", ["recompute_every=0", "recompute_every=1", "recompute=[mlp]"])
 def test_blocks_are_compiled_whole_under_stage_3(how: str, tmp_path: Path, make_config: Make) -> None:

@@ -85,9 +85,8 @@ def tell(config: TrainConfig, site: Site) -> None:
     """
     name = check_device(site.device or CPU, "site.device")
     network = NETWORK_GB_PER_S * 1e9
-    cluster = Cluster(
-        name, DEVICES.get(name), stated_rates(name, config.engine.dtype), processes_per_node(site), network
-    )
+    rates, per_node = stated_rates(name, config.engine.dtype), processes_per_node(site)
+    cluster = Cluster(name, DEVICES.get(name), rates, per_node, network)
     for world_size in dict.fromkeys(worlds(site)):
         for phase in plan_of(config, world_size, cluster, remote=False).phases:
             for line in first_lines(phase):

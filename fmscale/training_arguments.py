@@ -53,13 +53,18 @@ def pipe_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-pipe", action="store_true", help="start the programs of `pipe:` datasets")
 
 
+def site_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """A config, a site, and what is laid over both."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file that says what")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="laid over CONFIG; site.key=value over SITE")
+    parser.add_argument("--site", required=required, metavar="SITE", help="YAML file that says where")
+
+
 def submit_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `fmscale submit`."""
     shared = ("train", "encode", "reflow")
     parser.add_argument("program", metavar="COMMAND", choices=shared, help=", ".join(shared))
-    parser.add_argument("config", metavar="CONFIG", help="of that command")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="laid over CONFIG; site.key=value over SITE")
-    parser.add_argument("--site", required=True, metavar="SITE", help="YAML file that says where")
+    site_arguments(parser, required=True)
     parser.add_argument("--dry-run", action="store_true", help="print the batch script and stop")
     parser.add_argument("--follow", action="store_true", help="show the log of rank 0 until the job has ended")
     parser.add_argument("--workers", type=positive, metavar="N", help="encode, reflow: an array of N tasks shares it")
@@ -76,11 +81,9 @@ def reflow_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `fmscale plan`."""
-    parser.add_argument("config", metavar="CONFIG", help="of `train`")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="laid over CONFIG; site.key=value over SITE")
+    site_arguments(parser, required=False)
     parser.add_argument("--world-size", type=positive, metavar="N", help="ranks, one per GPU (those of SITE, else 1)")
     parser.add_argument("--device", metavar="NAME", help="of each rank, such as h100, a100 or cpu (SITE's, else h100)")
-    parser.add_argument("--site", metavar="SITE", help="YAML file that says where, as for `submit`")
     parser.add_argument("--gpus-per-node", type=positive, metavar="N", help="(those of SITE, else 8)")
     parser.add_argument(
         "--network-gbit", type=above_zero, default=400.0, metavar="X", help="of each GPU's adapter (%(default)g)"

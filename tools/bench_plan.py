@@ -3,8 +3,8 @@
     python tools/bench_plan.py CONFIG [--sizes 32x32 24x40] [--nproc N] [--steps 20] [key=value …]
 
 In turns: `fmscale plan --calibrate` on this machine, and `fmscale train` of the same config on random latents of these
-sizes. A step's seconds are the median of the second half of a bucket's
-steps. On a GPU memory is what torch allocated, which is what `plan` counts; on a CPU it is that of the whole process.
+sizes. A step's seconds are the median of the second half of a bucket's steps. On a GPU memory is what torch allocated,
+which is what `plan` counts; on a CPU it is that of the whole process.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def refusals(plan: Plan, site: Site | None) -> list[str]:
                 f"that {plan.cluster.name} gives"
             )
     if site is not None:
-        host = plan.phases[0].base.host * processes_per_node(site)
+        host = max(phase.base.host for phase in plan.phases) * processes_per_node(site)
         if site.mem_gb is not None and host > site.mem_gb * GIB:
             found.append(
                 f"site.mem_gb: {site.mem_gb:g}, and the ranks of a node hold {host / GIB:.1f} there; give more"

@@ -14,10 +14,8 @@ import torch.nn.functional as F
 
 from fmscale.distributed import free_port
 from fmscale.errors import UserError
-from fmscale.log import get_logger
 from fmscale.planning.devices import CPU, Device, Rates, found_gpu
 
-log = get_logger(__name__)
 TRIAL_S = 2.0  # of each kind
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GPU_SIDE, CPU_SIDE = 8192, 1024  # of matrices

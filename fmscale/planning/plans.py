@@ -253,27 +253,26 @@ def scaling(plan: PhasePlan, cluster: Cluster, worlds: Sequence[int] = WORLDS) -
         cluster: where.
         worlds: numbers of ranks.
     """
-    one = _alone(plan, cluster)
-    rows = []
-    per_rank = -(-plan.phase.config.global_batch // plan.split.world_size)
-    for world_size in worlds:
-        weak = _on(plan, cluster, world_size, per_rank * world_size)
-        total = plan.phase.config.global_batch
+    assert plan.step is not None
+    total = plan.phase.config.global_batch
+    own, alone = -(-total // plan.split.world_size), total / plan.split.world_size / plan.step.compute
+
+    def row(world_size: int) -> Row:
+        weak = _on(plan, cluster, world_size, own * world_size)
         strong = _on(plan, cluster, world_size, total) if total >= world_size else None
         assert weak.step is not None
-        speed = per_rank / weak.step.total
-        speeds = 0.0 if strong is None or strong.step is None else total / world_size / strong.step.total
-        strong_step = None if strong is None else strong.step
-        rows.append(Row(world_size, weak.step, strong_step, speed / one, speeds / one, fits(weak, cluster)))
-    return rows
+        return Row(
+            world_size,
+            weak.step,
+            None if strong is None else strong.step,
+            weak.images_per_s / world_size / alone,
+            0.0 if strong is None else strong.images_per_s / world_size / alone,
+            fits(weak, cluster),
+        )
+
+    return [row(world_size) for world_size in worlds]
 
 
 def _on(plan: PhasePlan, cluster: Cluster, world_size: int, global_batch: int) -> PhasePlan:
     config = plan.phase.config.model_copy(update={"global_batch": global_batch})
     return plan_phase(plan.phase._replace(config=config), plan.stock, world_size, cluster)
-
-
-def _alone(plan: PhasePlan, cluster: Cluster) -> float:
-    """Images a second of the images' computing alone, without update, traffic and empty slots."""
-    assert plan.step is not None
-    return plan.phase.config.global_batch / plan.split.world_size / plan.step.compute

@@ -269,7 +269,7 @@ def _phase_data(phase: PhasePlan, advice: Sequence[Advice], cluster: Cluster) ->
             {**_bucket_data(bucket), "room": room(phase, bucket, cluster)._asdict()} for bucket in phase.buckets
         ],
         "collectives": [each._asdict() for each in phase.sent],
-        "step": None if phase.step is None else phase.step._asdict() | {"total": phase.step.total},
+        "step": _step_data(phase.step),
         "images_per_s": None if phase.step is None else phase.images_per_s,
         "advice": [each._asdict() for each in advice],
     }
@@ -284,14 +284,13 @@ def _bucket_data(bucket: BucketPlan) -> dict[str, Any]:
         "image_tokens": bucket.image_tokens,
         "flops": bucket.flops._asdict(),
         "memory": {**memory.parts, "total": memory.total, "moment": memory.moment},
-        "step": None if bucket.step is None else bucket.step._asdict() | {"total": bucket.step.total},
+        "step": _step_data(bucket.step),
     }
 
 
 def _row_data(row: Row) -> dict[str, Any]:
-    strong = None if row.strong is None else row.strong._asdict() | {"total": row.strong.total}
-    return {
-        **row._asdict(),
-        "weak": row.weak._asdict() | {"total": row.weak.total, "limit": row.weak.limit},
-        "strong": strong if row.strong is None else {**(strong or {}), "limit": row.strong.limit},
-    }
+    return row._asdict() | {"weak": _step_data(row.weak), "strong": _step_data(row.strong)}
+
+
+def _step_data(step: StepTime | None) -> dict[str, Any] | None:
+    return None if step is None else step._asdict() | {"total": step.total, "limit": step.limit}

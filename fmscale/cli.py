@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import Any, NamedTuple
 
 from fmscale import __version__
@@ -70,6 +71,9 @@ def main(argv: Sequence[str]) -> int:
         from fmscale import log
 
         log.setup()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to fail
         return command.run(args) or DONE
     except SharedError as error:
         return _refuse(args.command, str(error)) if _rank() == "0" else MISTAKE

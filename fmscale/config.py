@@ -21,6 +21,7 @@ from fmscale.section import dump as dump
 from fmscale.section import flatten as flatten
 from fmscale.section import flatten_schema as flatten_schema
 
+MOST_IMAGES = 2**20  # of a step: `data.sequence` counts no further at a time
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 Width = Annotated[float, Field(gt=0, lt=0.28)]
@@ -344,7 +345,7 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: Positive
     """Optimizer steps."""
-    global_batch: Positive
+    global_batch: Annotated[int, Field(gt=0, le=MOST_IMAGES)]
     """Images per optimizer step, over all ranks."""
     micro_batch: Positive
     """Most images that one rank works on at once; accumulation follows from it, global_batch and the world size."""

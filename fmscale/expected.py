@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fmscale.data.order import shares
 from fmscale.distributed import World
 from fmscale.log import get_logger
 from fmscale.planning.advice import GIB
@@ -33,8 +34,8 @@ class Expectation:
     def __init__(self, job: Job) -> None:
         buckets, self.cluster = job.dataset.mixture.buckets, cluster_here(job.world, job.config.engine.dtype)
         shapes = tuple(Shape(bucket.height, bucket.width, bucket.count) for bucket in buckets)
-        shares = tuple(shape.samples / sum(each.samples for each in shapes) for shape in shapes)
-        stock = Stock((), shapes, shares, job.dataset.text_tokens, 0.0)
+        often = shares([bucket.counts for bucket in buckets], job.dataset.mixture.weights)
+        stock = Stock((), shapes, often, job.dataset.text_tokens, 0.0)
         self.plan = plan_phase(job.phase, stock, job.world.world_size, self.cluster)
         self.seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
         self.memory = 0.0

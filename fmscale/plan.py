@@ -60,6 +60,8 @@ def plan_command(args: argparse.Namespace) -> None:
 def cluster_of(args: argparse.Namespace, config: TrainConfig, site: Site | None) -> Cluster:
     """Where a command line plans a run."""
     dtype, network = config.engine.dtype, args.network_gbit / 8 * 1e9
+    if not 1 <= network <= MOST_RATE:
+        raise UserError(f"--network-gbit: {args.network_gbit:g}; no adapter has that")
     per_node = args.gpus_per_node or (DEFAULT_PER_NODE if site is None else processes_per_node(site))
     if args.calibrate:
         if args.device is not None:
@@ -67,10 +69,14 @@ def cluster_of(args: argparse.Namespace, config: TrainConfig, site: Site | None)
         from fmscale.planning.calibrate import calibrate
 
         return Cluster(*calibrate(dtype), per_node, network)
-    of_site = DEFAULT_DEVICE if site is None else site.device or (DEFAULT_DEVICE if site.gpus_per_node else CPU)
-    name = check_device(of_site, "site.device") if args.device is None else check_device(args.device, "--device")
-    rates = stated_rates(name, dtype) if args.rates is None else read_rates(Path(args.rates))
-    return Cluster(name, DEVICES.get(name), rates, per_node, network)
+    rates, measured = (None, None) if args.rates is None else read_rates(Path(args.rates), dtype)
+    if args.device is not None:
+        name = check_device(args.device, "--device")
+    elif site is not None and (site.device or measured is None):
+        name = check_device(site.device or (DEFAULT_DEVICE if site.gpus_per_node else CPU), "site.device")
+    else:
+        name = check_device(measured or DEFAULT_DEVICE, f"--rates: give --device too: {args.rates}")
+    return Cluster(name, DEVICES.get(name), rates or stated_rates(name, dtype), per_node, network)
 
 
 def tell(config: TrainConfig, site: Site) -> None:
@@ -106,22 +112,34 @@ def _tell_memory(phase: PhasePlan, gpu: Device, name: str) -> None:
         log.warning("a rank may run out of memory: `fmscale plan` says what to change")
 
 
-def read_rates(path: Path) -> Rates:
-    """What another machine measured.
+def read_rates(path: Path, dtype: str) -> tuple[Rates, str | None]:
+    """What another machine measured, and what it is, if the file tells.
+
+    Args:
+        path: of what `fmscale plan --calibrate --json` printed.
+        dtype: that the rates have to be of.
 
     Raises:
-        UserError: the file holds no rates.
+        UserError: the file holds no such rates.
     """
     try:
-        found = json.loads(path.read_text())["rates"]
-        gemm, attention, copy, link = (float(found[name]) for name in ("gemm", "attention", "copy", "link"))
-        if not all(1 <= rate <= MOST_RATE for rate in (gemm, attention, copy)) or not 0 <= link <= MOST_RATE:
+        record = json.loads(path.read_text())
+        found, device, measured = record["rates"], record.get("device"), record.get("dtype", dtype)
+        rates = [found[name] for name in ("gemm", "attention", "copy", "link")]
+        least = (1, 1, 1, 0)  # one GPU alone has no link
+        sound = (isinstance(rate, int | float) and not isinstance(rate, bool) for rate in rates)
+        within = (low <= rate <= MOST_RATE for low, rate in zip(least, rates, strict=True))
+        if not all(sound) or not all(within) or not isinstance(device, str | None):
             raise ValueError
-        return Rates(gemm, attention, copy, link, f"{path}, {found['source']}")
+        source = str(found["source"]).splitlines()[0]
     except OSError as error:
         raise UserError(f"--rates: {path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"--rates: {path} is not what `fmscale plan --calibrate --json` prints") from None
+    if measured != dtype:
+        raise UserError(f"--rates: {path} was measured in {measured}, and engine.dtype is {dtype}; measure that")
+    gemm, attention, copy, link = map(float, rates)
+    return Rates(gemm, attention, copy, link, f"{path}, {source}"), device
 
 
 def _check_plot(path: Path) -> None:

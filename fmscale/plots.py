@@ -186,7 +186,7 @@ def write_plan_plot(record: Mapping[str, Any], path: Path) -> None:
 
 def _memory_bars(axes: Axes, record: Mapping[str, Any], phase: Mapping[str, Any]) -> None:
     names, done = [bucket["name"] for bucket in phase["buckets"]], [0.0] * len(phase["buckets"])
-    for part in ("states", "gradients", "buckets", "activations", "at work"):
+    for part in ("states", "gradients", "buckets", "gathered", "activations", "at work"):
         sizes = [bucket["memory"].get(part, 0) / 2**30 for bucket in phase["buckets"]]
         axes.barh(names, sizes, left=done, label=part)
         done = [before + size for before, size in zip(done, sizes, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fmscale.config import ModelConfig, TrainConfig
 from fmscale.models.shapes import weights_of
+from fmscale.phases import Phase, phases_of
 
 BINS = 10  # equal parts of t's range
 TALLY_HEAD = 5  # what a tally counts beside them
@@ -26,10 +27,23 @@ def snapshot_bytes(config: TrainConfig) -> int:
 
 def saves_kept(config: TrainConfig) -> tuple[int, int]:
     """Checkpoints that lie in a run directory at the most, the one that is being written among them; and snapshots."""
-    part, snapshot = config.checkpoint, config.ema.snapshot_every_steps
-    saves = -(-config.steps // part.every_steps)
-    forever = config.steps // part.keep_every_steps if part.keep_every_steps else 0
-    return min(part.keep + forever, saves) + 1, config.steps // snapshot if snapshot else 0
+    phases = phases_of(config)
+    parts = [phase.config.checkpoint for phase in phases]
+    saves = sum(_times(phase, part.every_steps) for phase, part in zip(phases, parts, strict=True))
+    saves += config.steps % parts[-1].every_steps > 0  # the last step saves too
+    forever = sum(_times(phase, part.keep_every_steps) for phase, part in zip(phases, parts, strict=True))
+    snapshots = sum(_times(phase, phase.config.ema.snapshot_every_steps) for phase in phases)
+    return min(max(part.keep for part in parts) + forever, saves) + 1, snapshots
+
+
+def sheets(config: TrainConfig) -> int:
+    """Images of samples that a run writes."""
+    return sum(_times(phase, phase.config.log.images_every_steps) for phase in phases_of(config))
+
+
+def _times(phase: Phase, every: int | None) -> int:
+    """How often something is due that is done after every so many steps of a run."""
+    return phase.until // every - phase.start // every if every else 0
 
 
 def _copy_bytes(config: TrainConfig) -> int:

@@ -159,6 +159,17 @@ def _weighted(sizes: Sequence[Sequence[int]], weights: Sequence[float]) -> list[
     ]
 
 
+def shares(sizes: Sequence[Sequence[int]], weights: Sequence[float] | None) -> tuple[float, ...]:
+    """Share of each bucket in the steps.
+
+    Args:
+        sizes: of each bucket, samples by dataset.
+        weights: of the datasets; None for shares by size.
+    """
+    arcs = [sum(parts) for parts in (sizes if weights is None else _weighted(sizes, weights))]
+    return tuple(arc / sum(arcs) for arc in arcs)
+
+
 @dataclass(frozen=True)
 class Split:
     """How the slots of a global batch fall to micro-batches and ranks.

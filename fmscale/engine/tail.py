@@ -82,6 +82,7 @@ class Tail:
             if torch.distributed.get_world_size() == 1 and not self._offloaded and not self._compact():
                 # What one rank has is reduced already: it needs no way through buckets.
                 self._replace("reduce_independent_p_g_buckets_and_remove_grads", lambda *_: None)
+                zero.reduce_bucket_size = 1  # element: buckets are made all the same, in each micro-batch
 
     def _replace(self, method: str, ours: Callable[..., Any]) -> None:
         assert callable(getattr(self.zero, method)), method

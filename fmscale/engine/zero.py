@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fmscale.distributed import World, free_port, rank_environment, world_from_environment
 from fmscale.engine.optim import EMA_PREFIX, AdamWEMA
+from fmscale.engine.sharding import check_raw
 from fmscale.engine.tail import Tail
 from fmscale.errors import UserError
 
@@ -66,28 +67,6 @@ def init_process_group(world: World) -> None:
     atexit.register(torch.distributed.destroy_process_group)
 
 
-OURS = (  # what the loop, the optimizer and the checkpoints rely on
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "fp16",
-    "bf16",
-    "amp",
-    "zero_optimization.stage",
-    "zero_optimization.offload_optimizer",
-    "zero_optimization.offload_param",
-    "zero_optimization.zero_hpz_partition_size",
-    "zero_optimization.mics_shard_size",
-    "zero_force_ds_cpu_optimizer",
-    "data_types",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-)
-
-
 def deepspeed_config(
     zero_stage: int, dtype: str, micro_batch: int, offload: str = "none", raw: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -124,13 +103,12 @@ def deepspeed_config(
         config["bf16"] = {"enabled": True, "check_grad_overflow": False}  # `Tail` finds what is not finite
         if zero_stage > 1:  # under stage 1 fp32 accumulation would select an optimizer with unsharded gradients
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+    check_raw(raw or {})
     return _laid_over(config, raw or {})
 
 
 def _laid_over(config: dict[str, Any], raw: Mapping[str, Any], within: str = "") -> dict[str, Any]:
     for key, value in raw.items():
-        if within + key in OURS:
-            raise UserError(f"engine.deepspeed: {within}{key} is decided by fmscale's own settings; leave it out")
         inner = config.get(key)
         if isinstance(inner, dict):
             if not isinstance(value, Mapping):

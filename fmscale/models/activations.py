@@ -21,11 +21,13 @@ class Activations(NamedTuple):
     """Bytes for one micro-batch.
 
     Attributes:
+        start: of that, what precedes the blocks, and stays until the end of the backward pass.
         saved: what the forward pass keeps for the backward pass.
         transient: by how much more than that there is at most: gradients, and what is computed again. An estimate,
             right within a tenth of the sum.
     """
 
+    start: int
     saved: int
     transient: int
 
@@ -129,7 +131,7 @@ def _over_time(network: _Network, every: int) -> Activations:
         saved += block.inputs if forgets else block.kept
         again = block.whole - block.inputs if forgets else block.again
         most = max(most, saved + again + block.working)
-    return Activations(saved, most - saved)
+    return Activations(network.start, saved, most - saved)
 
 
 def _mmdit(model: Mapping[str, Any], size: _Size, image: int, text: int) -> _Network:

@@ -149,7 +149,8 @@ def _batch(phase: PhasePlan) -> Iterator[Advice]:
     slots = cut.world_size * cut.accumulation * cut.micro_batch
     if slots > cut.global_batch:
         empty = slots - cut.global_batch
-        yield Advice({"global_batch": slots}, f"fills {empty} empty slots, {100 * empty / slots:.1f} % of each step")
+        number = "one empty slot" if empty == 1 else f"{empty} empty slots"
+        yield Advice({"global_batch": slots}, f"fills {number}, {100 * empty / slots:.1f} % of each step")
 
 
 def _small_buckets(phase: PhasePlan) -> Iterator[Advice]:
@@ -165,14 +166,15 @@ def _small_buckets(phase: PhasePlan) -> Iterator[Advice]:
 
 
 def _nodes(phase: PhasePlan, cluster: Cluster, rows: list[Row]) -> Iterator[Advice]:
-    good = [row for row in rows if row.fits and row.strong is not None and row.strong_efficiency >= GOOD]
+    good = [row for row in rows if row.strong_fits and row.strong is not None and row.strong_efficiency >= GOOD]
     if good and good[-1].world_size > phase.split.world_size and good[-1].strong is not None:
         row = good[-1]
         ratio = phase.step.total / row.strong.total if phase.step and row.strong else 0
         nodes = -(-row.world_size // cluster.per_node)
+        number = "one node" if nodes == 1 else f"{nodes} nodes"
         yield Advice(
             {},
-            f"up to {row.world_size} GPUs ({nodes} nodes) the same batch keeps {100 * row.strong_efficiency:.0f} % of "
+            f"up to {row.world_size} GPUs ({number}) the same batch keeps {100 * row.strong_efficiency:.0f} % of "
             f"each GPU's speed: {ratio:.1f} times as fast as here",
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -88,9 +89,16 @@ def link_rate(ranks: int, gpu: bool) -> float:
         return 0.0
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "rate.json"
-        torch.multiprocessing.start_processes(
-            _sum_together, args=(ranks, free_port(), gpu, str(found)), nprocs=ranks, start_method="spawn"
-        )
+        arguments = ranks, free_port(), gpu, str(found)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which ranks inherit: this process ends them
+        try:
+            started = torch.multiprocessing.start_processes(
+                _sum_together, arguments, ranks, join=False, daemon=True, start_method="spawn"
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
+        while not started.join():
+            pass
         return float(json.loads(found.read_text()))
 
 

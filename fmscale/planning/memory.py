@@ -1,7 +1,7 @@
 """Memory of a GPU at its fullest, part by part, in closed form.
 
-A step is fullest at one of two moments: as a backward pass begins, with all activations; or as weights are updated,
-with all gradients. In between one goes as the other comes.
+Activations go as gradients come. So a step is fullest at one of four moments: as a backward pass begins; as its first
+gradients are reduced, for which buffers are made; as it ends, with the largest gradients; or as weights are updated.
 """
 
 from __future__ import annotations
@@ -9,22 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fmscale.config import TrainConfig
-from fmscale.data.order import Split
-from fmscale.engine.sharding import (
-    ITEM_BYTES,
-    MASTER_BYTES,
-    Held,
-    Zero,
-    bucket_bytes,
-    gathered_bytes,
-    states,
-)
+from fmscale.engine.sharding import ITEM_BYTES, Held, Zero, states
+from fmscale.engine.transient import Gathered, Gradients, gathered, gradients
 from fmscale.models.activations import activations
 from fmscale.planning.laid_out import average_names, parameters_of
 from fmscale.planning.stock import Shape
 
 MOST_IMAGES = 1 << 16  # of a micro-batch that is looked for
-BACKWARD, UPDATE = "backward", "update"
+BEGIN, REDUCE, END, UPDATE = "begin", "reduce", "end", "update"
 
 
 class Memory(NamedTuple):
@@ -32,7 +24,7 @@ class Memory(NamedTuple):
 
     Attributes:
         parts: bytes by name.
-        moment: `backward` or `update`.
+        moment: `begin`, `reduce` or `end` of the backward pass, or `update`.
     """
 
     parts: dict[str, int]
@@ -49,18 +41,14 @@ class Base(NamedTuple):
 
     Attributes:
         states: between steps.
-        buckets: that gradients are reduced through.
-        gathered: weights of ZeRO-3 that are whole for a while.
-        gradients: beside the states, whole.
-        flat: one more copy of a rank's own gradients, in fp32, as weights are updated.
+        gathered: weights of ZeRO-3.
+        gradients: beside the states.
         gpu: ranks have one each.
     """
 
     states: tuple[Held, ...]
-    buckets: int
-    gathered: int
-    gradients: int
-    flat: int
+    gathered: Gathered
+    gradients: Gradients
     gpu: bool
 
     @property
@@ -83,21 +71,15 @@ def held(config: TrainConfig, zero: Zero, accumulation: int) -> Base:
         accumulation: micro-batches in a step.
     """
     parameters = parameters_of(config.model)
-    total = sum(parameter.numel for parameter in parameters)
-    part = MASTER_BYTES * -(-total // zero.world_size)
-    alone = zero.stage < 3 and zero.offload == "none"
-    gradients = {1: total * zero.item, 2: part if zero.compact else part * zero.item // MASTER_BYTES, 3: 0}[zero.stage]
     return Base(
         tuple(states(parameters, zero, average_names(config), accumulation)),
-        bucket_bytes(zero),
-        gathered_bytes(parameters_of(config.model, as_they_run=True), zero, config.engine.compile),
-        gradients if alone or zero.stage == 1 else 0,
-        part if alone and zero.gpu and not zero.compact else 0,
+        gathered(parameters_of(config.model, as_they_run=True), zero, config.engine.compile),
+        gradients(parameters, zero, accumulation),
         zero.gpu,
     )
 
 
-def memory_of(config: TrainConfig, base: Base, shape: Shape, text_tokens: int, cut: Split) -> Memory:
+def memory_of(config: TrainConfig, base: Base, shape: Shape, text_tokens: int, images: int) -> Memory:
     """Memory in steps of a bucket.
 
     Args:
@@ -105,26 +87,28 @@ def memory_of(config: TrainConfig, base: Base, shape: Shape, text_tokens: int, c
         base: what does not depend on the bucket.
         shape: the bucket.
         text_tokens: of a caption.
-        cut: images of a micro-batch, and micro-batches of a step.
+        images: of a micro-batch.
     """
-    item, part = ITEM_BYTES[config.engine.dtype], config.engine
-    sizes = shape.height, shape.width, text_tokens, cut.micro_batch, item
+    item, part, own = ITEM_BYTES[config.engine.dtype], config.engine, base.gradients
+    sizes = shape.height, shape.width, text_tokens, images, item
     found = activations(config.model.model_dump(), *sizes, part.recompute_every, part.recompute, fused_norm=base.gpu)
-    backward = {
-        "states": base.device,
-        "gradients": base.gradients if cut.accumulation > 1 else 0,
-        "buckets": base.buckets + base.gathered,
-        "activations": found.saved,
-        "at work": found.transient,
-    }
-    update = {"states": base.device, "gradients": base.gradients + base.flat}
-    if sum(update.values()) > sum(backward.values()):
-        return Memory(update, UPDATE)
-    return Memory(backward, BACKWARD)
+    left = found.start + round((1 - own.share) * (found.saved - found.start))
+
+    def passing(moment: str, gradients: int, weights: int, activations: int, working: int) -> Memory:
+        parts = {"gradients": gradients, "buckets": own.buckets, "gathered": weights, "activations": activations}
+        return Memory({"states": base.device, **parts, "at work": working}, moment)
+
+    moments = [
+        passing(BEGIN, own.before, base.gathered.most, found.saved, found.transient),
+        passing(REDUCE, own.reduced, base.gathered.most, left, found.transient if own.share < 1 else 0),
+        passing(END, own.after, base.gathered.after, found.start, 0),
+        Memory({"states": base.device, "gradients": own.update}, UPDATE),
+    ]
+    return max(moments, key=lambda memory: memory.total)
 
 
 def largest_micro_batch(config: TrainConfig, base: Base, shape: Shape, text_tokens: int, usable: float) -> int:
-    """Most images of a micro-batch that fit, with another micro-batch in the step; 0 where none does.
+    """Most images of a micro-batch that fit, with as many micro-batches in the step; 0 where none does.
 
     Args:
         config, base, shape, text_tokens: as of `memory_of`.
@@ -133,6 +117,6 @@ def largest_micro_batch(config: TrainConfig, base: Base, shape: Shape, text_toke
     low, high = 0, MOST_IMAGES
     while low < high:
         middle = (low + high + 1) // 2
-        fits = memory_of(config, base, shape, text_tokens, Split(2 * middle, 1, middle, 2)).total <= usable
+        fits = memory_of(config, base, shape, text_tokens, middle).total <= usable
         low, high = (middle, high) if fits else (low, middle - 1)
     return low

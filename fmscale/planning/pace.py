@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from fmscale.config import TrainConfig
 from fmscale.data.order import Split
-from fmscale.engine.sharding import ITEM_BYTES, Collective, Zero, collectives
+from fmscale.engine.collectives import Collective, collectives
+from fmscale.engine.sharding import ITEM_BYTES, Zero
 from fmscale.models.activations import activations
 from fmscale.models.flops import FLOPS, Flops
 from fmscale.planning.devices import CALL_S, HOST_GB_PER_S, Cluster

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from fmscale.config import TrainConfig
 from fmscale.data.order import Split, split
+from fmscale.engine.collectives import Collective
 from fmscale.engine.recomputed import check_recompute
-from fmscale.engine.sharding import Collective, check_zero
+from fmscale.engine.sharding import check_zero
 from fmscale.errors import UserError
 from fmscale.models.flops import Flops
 from fmscale.models.shapes import PARTS, recomputable, row_for, weights_of
@@ -114,7 +115,7 @@ class Row(NamedTuple):
             where that has fewer images than ranks.
         weak_efficiency, strong_efficiency: images a second of each rank, over those of a rank that did nothing but
             compute them.
-        fits: the memory of a rank suffices.
+        fits, strong_fits: the memory of a rank suffices, with as many images for each, and with the same global batch.
     """
 
     world_size: int
@@ -123,6 +124,7 @@ class Row(NamedTuple):
     weak_efficiency: float
     strong_efficiency: float
     fits: bool
+    strong_fits: bool
 
 
 class Plan(NamedTuple):
@@ -192,7 +194,7 @@ def plan_phase(phase: Phase, stock: Stock, world_size: int, cluster: Cluster) ->
     total = sum(parameter.numel for parameter in parameters_of(config.model))
 
     def plan_bucket(shape: Shape, share: float) -> BucketPlan:
-        memory = memory_of(config, base, shape, stock.text_tokens, cut)
+        memory = memory_of(config, base, shape, stock.text_tokens, cut.micro_batch)
         step = None
         if cluster.rates is not None:
             step = step_time(image_s(config, shape, stock.text_tokens, cluster), cut, total, sent, zero, cluster)
@@ -238,7 +240,7 @@ def room(plan: PhasePlan, bucket: BucketPlan, cluster: Cluster) -> Room:
     def total(every: int) -> int:
         engine = config.engine.model_copy(update={"recompute_every": every, "recompute": ()})
         other = config.model_copy(update={"engine": engine})
-        return memory_of(other, plan.base, bucket.shape, tokens, plan.split).total
+        return memory_of(other, plan.base, bucket.shape, tokens, plan.split.micro_batch).total
 
     usable = None if cluster.gpu is None else cluster.gpu.usable
     most = None if usable is None else largest_micro_batch(config, plan.base, bucket.shape, tokens, usable)
@@ -268,6 +270,7 @@ def scaling(plan: PhasePlan, cluster: Cluster, worlds: Sequence[int] = WORLDS) -
             weak.images_per_s / world_size / alone,
             0.0 if strong is None else strong.images_per_s / world_size / alone,
             fits(weak, cluster),
+            strong is not None and fits(strong, cluster),
         )
 
     return [row(world_size) for world_size in worlds]

@@ -8,12 +8,19 @@ from typing import Any
 from fmscale.opening import opening
 from fmscale.planning.advice import GIB, Advice
 from fmscale.planning.devices import Cluster
+from fmscale.planning.memory import BEGIN, END, REDUCE, UPDATE
 from fmscale.planning.pace import StepTime, sent_s
 from fmscale.planning.plans import BucketPlan, PhasePlan, Plan, Room, Row, room
-from fmscale.size import checkpoint_bytes, saves_kept, snapshot_bytes
+from fmscale.size import checkpoint_bytes, saves_kept, sheets, snapshot_bytes
 
 BAR = 40  # characters that stand for all of a GPU's memory
-MARKS = {"states": "█", "gradients": "▓", "buckets": "▒", "activations": "░", "at work": "·"}
+MARKS = {"states": "█", "gradients": "▓", "buckets": "▒", "gathered": "▞", "activations": "░", "at work": "·"}
+MOMENTS = {
+    BEGIN: "as the backward pass begins",
+    REDUCE: "as gradients are first reduced",
+    END: "as the backward pass ends",
+    UPDATE: "as weights are updated",
+}
 DAY_S = 24 * 3600
 
 
@@ -92,11 +99,13 @@ def _memory(plan: Plan, phase: PhasePlan) -> Iterator[str]:
         host = f" + {held.host / GIB:.2f} on the host" if held.host else ""
         if held.device or held.host:
             yield f"  {held.name:<22} {held.device / GIB:8.2f}{host}"
+    own = phase.base.gradients
     beside = {
-        "gradients of all weights" if config.engine.zero_stage == 1 else "added gradients": phase.base.gradients,
-        "in fp32, as weights are updated": phase.base.flat,
-        "reduce buckets": phase.base.buckets,
-        "most that ZeRO-3 gathers": phase.base.gathered,
+        "gradients, pass begins": own.before,
+        "gradients, pass ends": own.after,
+        "gradients, update": own.update,
+        "reduce buckets": own.buckets,
+        "most that ZeRO-3 gathers": max(phase.base.gathered),
     }
     yield from (f"  {name:<22} {size / GIB:8.2f}  for a while" for name, size in beside.items() if size)
     for bucket in phase.buckets:
@@ -118,7 +127,7 @@ def _bar(bucket: BucketPlan, usable: float | None, phase: PhasePlan, other: Room
     fit = "" if other.largest is None else f", at most {other.largest} fit"
     least, most = other.recomputed / GIB, other.kept / GIB
     return (
-        f"  {bucket.shape.name:<10} {bar} {memory.total / GIB:6.2f} in the {memory.moment} pass"
+        f"  {bucket.shape.name:<10} {bar} {memory.total / GIB:6.2f} {MOMENTS[memory.moment]}"
         f" ({least:.2f} with all blocks recomputed, {most:.2f} with none); {phase.split.micro_batch} images{fit}"
     )
 
@@ -180,10 +189,10 @@ def _value(value: Any) -> str:
 def _whole(plan: Plan, price: float | None) -> Iterator[str]:
     count, snapshots = saves_kept(plan.config)
     size, more = checkpoint_bytes(plan.config), snapshots * snapshot_bytes(plan.config)
-    every = plan.config.log.images_every_steps
-    sheets = f", {plan.config.steps // every:,} sheets of samples" if every else ""
+    images = sheets(plan.config)
+    drawn = f", {images:,} sheets of samples" if images else ""
     beside = f" and {snapshots} snapshots" if snapshots else ""
-    yield f"disk     {(count * size + more) / 1e9:,.1f} GB: {count} checkpoints of {size / 1e9:,.1f} GB{beside}{sheets}"
+    yield f"disk     {(count * size + more) / 1e9:,.1f} GB: {count} checkpoints of {size / 1e9:,.1f} GB{beside}{drawn}"
     if plan.cluster.rates is None or plan.cluster.gpu is None:
         return
     watts = plan.cluster.gpu.watts
@@ -214,7 +223,7 @@ def _scaling(plan: Plan, rows: Sequence[Row]) -> Iterator[str]:
             yield f"{text}  fewer images than ranks"
             continue
         strong = _pace(row.strong, total, row.strong_efficiency)
-        yield f"{text} {strong}  {_limit(row.strong.limit, row.fits)}"
+        yield f"{text} {strong}  {_limit(row.strong.limit, row.strong_fits)}"
 
 
 def _pace(step: StepTime, images: int, efficiency: float) -> str:
@@ -238,6 +247,7 @@ def data_of(
     return {
         "world_size": plan.world_size,
         "device": cluster.name,
+        "dtype": plan.config.engine.dtype,
         "usable_bytes": None if cluster.gpu is None else cluster.gpu.usable,
         "rates": None if cluster.rates is None else cluster.rates._asdict(),
         "per_node": cluster.per_node,

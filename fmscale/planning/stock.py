@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fmscale.config import DataConfig, TrainConfig
+from fmscale.data.order import shares
 from fmscale.data.transport import PIPE, connect, is_remote
 from fmscale.errors import UserError
 
@@ -83,30 +84,20 @@ def stock_of(config: TrainConfig, allow_pipe: bool = False, remote: bool = True)
     Raises:
         UserError: a manifest is there and cannot be read.
     """
-    weights: dict[str, float | None] = {part.path: part.weight for part in config.data.mixture}
-    weights = weights or {str(config.data.path): None}
-    asked = [place for place in weights if remote or not is_remote(place)]
+    mixture = config.data.mixture
+    places = [part.path for part in mixture] or [str(config.data.path)]
+    asked = {place for place in places if remote or not is_remote(place)}
     manifests = {place: _manifest(place, config.data, allow_pipe) for place in asked}
-    if missing := [place for place in weights if manifests.get(place) is None]:
+    if missing := [place for place in places if manifests.get(place) is None]:
         return _assumed(config, missing)
-    arcs: dict[tuple[int, int], float] = {}
-    samples: dict[tuple[int, int], int] = {}
-    parts, tokens = [], 0
-    for place, weight in weights.items():
-        try:
-            part, buckets, own = _read(manifests[place], place)
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise UserError(f"data: {place}: its index makes no sense ({error!r}): run `fmscale index` there") from None
-        parts.append(part)
-        tokens = max(tokens, own)
-        for size, rows in buckets.items():
-            samples[size] = samples.get(size, 0) + rows
-            arcs[size] = arcs.get(size, 0) + (rows if weight is None else weight * rows / part.samples)
-    sizes = sorted(samples)
-    shapes = tuple(Shape(*size, samples[size]) for size in sizes)
-    shares = tuple(arcs[size] / sum(arcs.values()) for size in sizes)
+    found = [_checked(manifests[place], place, config) for place in places]
+    parts = tuple(part for part, *_ in found)
+    sizes = sorted({size for _, buckets, _ in found for size in buckets})
+    samples = [[buckets.get(size, 0) for _, buckets, _ in found] for size in sizes]
+    shapes = tuple(Shape(*size, sum(rows)) for size, rows in zip(sizes, samples, strict=True))
+    often = shares(samples, [part.weight for part in mixture] or None)
     mean = sum(part.size for part in parts) / sum(part.samples for part in parts)
-    return Stock(tuple(parts), shapes, shares, tokens, mean)
+    return Stock(parts, shapes, often, max(tokens for *_, tokens in found), mean)
 
 
 def _assumed(config: TrainConfig, missing: Sequence[str]) -> Stock:
@@ -137,14 +128,35 @@ def _manifest(place: str, data: DataConfig, allow_pipe: bool) -> Any:
         raise UserError(f"data: {place}: its index cannot be read ({error}): see to its permissions") from None
 
 
+def _checked(manifest: Any, place: str, config: TrainConfig) -> tuple[Part, dict[tuple[int, int], int], int]:
+    """The dataset, the samples of its buckets, and the tokens of a caption.
+
+    Raises:
+        UserError: its manifest makes no sense, or it holds what the network does not take.
+    """
+    try:
+        found, latents = _read(manifest, place), manifest["layout"].get("latents")
+        channels = None if latents is None else int(latents[1][0])
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        why = f"there is no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"data: {place}: its index makes no sense ({why}): run `fmscale index` there") from None
+    if channels is not None and channels != config.model.latent_channels:
+        raise UserError(
+            f"model.latent_channels is {config.model.latent_channels}, and the latents of {place} have {channels}"
+        )
+    return found
+
+
 def _read(manifest: Mapping[str, Any], place: str) -> tuple[Part, dict[tuple[int, int], int], int]:
-    """The dataset, the samples of its buckets, and the tokens of a caption."""
+    """As of `_checked`."""
     shards = manifest["shards"]
-    size, samples = sum(int(shard["size"]) for shard in shards), sum(int(shard["samples"]) for shard in shards)
+    sizes, samples = [int(shard["size"]) for shard in shards], sum(int(shard["samples"]) for shard in shards)
     buckets = {(int(each["height"]), int(each["width"])): int(each["rows"]) for each in manifest["buckets"]}
-    if samples < 1 or not buckets or min(map(min, buckets)) < 1 or min(buckets.values()) < 1:
+    if not buckets or min(sizes, default=0) < 0 or min(map(min, buckets)) < 1 or min(buckets.values()) < 1:
         raise ValueError("it holds no samples, or fewer than none")
-    return Part(place, samples, len(shards), size), buckets, text_tokens(manifest)
+    if sum(buckets.values()) != samples:
+        raise ValueError(f"buckets have {sum(buckets.values()):,} samples, shards {samples:,}")
+    return Part(place, samples, len(shards), sum(sizes)), buckets, text_tokens(manifest)
 
 
 def text_tokens(manifest: Mapping[str, Any]) -> int:

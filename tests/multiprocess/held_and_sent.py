@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from live import Live
 from torch import Tensor
 
 from fmscale import log, train
@@ -46,7 +47,7 @@ MOVED = {
 
 
 def count(sent: Counter[str]) -> None:
-    """From now on add up the bytes that this process gives to torch.distributed, by function."""
+    """From now on add up the bytes that this process gives to torch.distributed by function, and its calls."""
     modules = torch.distributed, torch.distributed.distributed_c10d  # DeepSpeed calls those of both
     for name, argument in MOVED.items():
         counted = _counted(getattr(torch.distributed, name), name, argument, sent)
@@ -60,6 +61,7 @@ def _counted(function: Any, name: str, argument: str, sent: Counter[str]) -> Cal
     @functools.wraps(function)
     def counted(*args: Any, **named: Any) -> Any:
         moved = signature.bind(*args, **named).arguments[argument]
+        sent[f"calls of {name}"] += 1
         sent[name] += sum(tensor.nbytes for tensor in tensors_within(moved))
         return function(*args, **named)
 
@@ -102,19 +104,32 @@ def held(engine: Any) -> list[tuple[int, str, list[int]]]:
 
 def trained(config: TrainConfig, sent: Counter[str]) -> dict[str, Any]:
     """What the engine held before the last step, and the bytes that were sent from each warm step to the next."""
-    before, blocks = list[Counter[str]](), list[Any]()
+    before, blocks, peaks = list[Counter[str]](), list[Any](), list[list[int]]()
     real = train.train_step
 
     def step(job: train.Job, batches: Any, number: int, *rest: Any) -> Any:
         before.append(Counter(sent))
         if number == config.steps - 1:
             blocks.extend(held(job.engine))
-        return real(job, batches, number, *rest)
+        if number < WARM:
+            return real(job, batches, number, *rest)
+        sizes = list[tuple[int, int]]()
+
+        def seen() -> Iterator[Any]:
+            for batch in batches:
+                sizes.append(batch.bucket)
+                yield batch
+
+        with Live() as live:
+            live.leave_out(tensors_within(job.engine))
+            found = real(job, seen(), number, *rest)
+        peaks.append([*sizes[0], live.most])
+        return found
 
     with patch.object(train, "train_step", step):
         train.train(config)
     steps = zip(before[WARM - 1 :], before[WARM:], strict=False)
-    return {"held": blocks, "sent": [dict(after - earlier) for earlier, after in steps]}
+    return {"held": blocks, "peaks": peaks, "sent": [dict(after - earlier) for earlier, after in steps]}
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from running import PATIENCE_S, kill_all, lines, output, start, start_program, wait_for_lines, wait_until
 
 from fmscale.config import TrainConfig
@@ -67,6 +68,7 @@ def test_a_killed_run_goes_on_to_the_bit(
     assert len(list((killed.run_dir / "ema").iterdir())) == len(files)
 
 
+@pytest.mark.slow
 def test_an_error_of_ours_ends_the_process_although_readers_outlive_signals(
     tmp_path: Path, make_config: Callable[..., TrainConfig]
 ) -> None:

@@ -65,6 +65,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends_well(
         assert losses(config.run_dir) == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_file_asks_for_a_checkpoint_and_the_run_goes_on(
     tmp_path: Path, make_config: Callable[..., TrainConfig]
 ) -> None:

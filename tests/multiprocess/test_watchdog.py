@@ -65,6 +65,7 @@ def test_a_rank_that_is_not_heard_of_ends_the_job_and_is_named(
     assert how == "SIGKILL" or "train_step" in stacks  # whoever was cut off has left it
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path: Path, make_config: Callable[..., TrainConfig]) -> None:
     config = make_config(tmp_path / "run", *SETTINGS, f"guard.stalled_s={STALLED_S}")
     port = free_port()

@@ -40,7 +40,9 @@ def load_stock(family: str, values: dict[str, Any], folder: Path, dtype: torch.d
     return network.from_single_file(file, config=str(folder), local_files_only=True, torch_dtype=dtype).state_dict()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case == "flux_dev" else case for case in CASES]
+)
 def test_diffusers_reads_our_weights_from_an_original_file(case: str, tmp_path: Path) -> None:
     family, values, prefix, dtype = CASES[case]
     names, model, generator = NAMES[family], blueprint(family, values), torch.Generator().manual_seed(0)

@@ -164,6 +164,7 @@ def test_every_library_that_fmscale_imports_is_tried() -> None:
     assert foreign <= {name.partition(":")[0].split(".")[0] for name in checks.IMPORTS}
 
 
+@pytest.mark.slow
 def test_a_compiler_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "g++"))
     compiler, *_ = examine(TABLE["compilers"], tmp_path)
@@ -197,6 +198,7 @@ def test_gpus_that_torch_has_code_for(capability: tuple[int, int], verdict: str)
     assert finding.found.startswith(f"a GPU, 80 GiB, compute capability {capability[0]}.{capability[1]}")
 
 
+@pytest.mark.slow
 def test_a_network_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_network")
     finding = only(TABLE["two processes"], tmp_path)
@@ -204,6 +206,7 @@ def test_a_network_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "no_such_network" in finding.found
 
 
+@pytest.mark.slow
 def test_a_collective_that_hangs_is_ended_with_its_processes(tmp_path: Path) -> None:
     """The second process is stopped before it joins: the first waits until its time is up."""
     before, stopped = processes(SECOND_RANK), []

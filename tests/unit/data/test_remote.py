@@ -103,7 +103,7 @@ def test_an_index_that_has_changed_is_fetched_anew(index: Index, server: Server,
     assert open_index(server.url, options).path != old.path
 
 
-@pytest.mark.parametrize("fault", [ERROR, TRUNCATE, STALL])
+@pytest.mark.parametrize("fault", [ERROR, TRUNCATE, pytest.param(STALL, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_faults_that_pass_change_nothing(
     index: Index, server: Server, options: RemoteOptions, fault: str, workers: int
@@ -124,7 +124,12 @@ def test_an_index_survives_faults_too(index: Index, server: Server, options: Rem
 
 
 @pytest.mark.parametrize(
-    ("fault", "cause"), [(ERROR, "500"), (TRUNCATE, "payload is not completed"), (STALL, "FSTimeoutError")]
+    ("fault", "cause"),
+    [
+        (ERROR, "500"),
+        (TRUNCATE, "payload is not completed"),
+        pytest.param(STALL, "FSTimeoutError", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("workers", [0, 2])
 def test_faults_that_stay_stop_the_run_with_the_url_and_the_cause(

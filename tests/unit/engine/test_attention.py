@@ -169,6 +169,7 @@ def test_the_shapes_of_a_run_are_those_that_its_network_works_on(tmp_path: Path,
     }
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_its_kernels(tmp_path: Path, make_config: Make) -> None:
     used, run_dir = [], tmp_path / "run"
     for steps, settings in ((2, []), (4, []), (6, ["engine.recompute_every=1"]), (8, ["engine.attention=flash"])):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from live import Live
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fmscale.engine.blocks import prepare
 from fmscale.flow.loss import velocity_mse
@@ -42,42 +40,6 @@ CASES = [
     for column, how in enumerate(FORGETTING)
 ] + [(name, LANDSCAPE, *how) for name in ("dual", "dual_normed") for how in ((0, ("dual",)), (3, ("dual", "qkv")))]
 BFLOAT16_STATISTICS = 0.005  # the CPU keeps those of layer norms in bfloat16, GPUs in float32
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made and not yet gone.
-
-    Args:
-        aside: shapes of tensors that do not count.
-
-    Attributes:
-        most: of them at a time.
-    """
-
-    def __init__(self, aside: set[tuple[int, ...]]):
-        super().__init__()
-        self.aside, self.now, self.most = aside, 0, 0
-        self.known: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, Tensor) and not {tuple(tensor.shape), tuple(tensor.shape[::-1])} & self.aside:
-                self.add(tensor.untyped_storage())
-        self.most = max(self.most, self.now)
-        return found
-
-    def add(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-
-        def gone(_: Any) -> None:
-            del self.known[key]
-            self.now -= size
-
-        self.known[key] = weakref.ref(storage, gone)
-        self.now += size
 
 
 def network_of(model: dict[str, Any], dtype: torch.dtype, every: int, parts: Parts) -> nn.Module:

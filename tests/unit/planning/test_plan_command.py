@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,6 +105,11 @@ def test_a_price_makes_a_sum(capsys: pytest.CaptureFixture[str]) -> None:
         (["micro_batch=20000", "global_batch=20000"], "of the 76.0 GiB that h100 gives"),
         (["--site", str(SITE), "site.write_gb_per_s=0.01"], "site.signal_delay_s"),
         (["engine.deepspeed={zero_optimization: {reduce_bucket_size: many}}"], "give a number of elements"),
+        (["engine.deepspeed={zero_optimization: {overlap_comm: 'no'}}"], "overlap_comm is 'no'; give true or false"),
+        (["engine.deepspeed={gradient_clipping: 1.0}"], "gradient_clipping is decided by fmscale's own settings"),
+        (["engine.deepspeed={zero_optimization: {stage: 3}}"], "zero_optimization.stage is decided by fmscale's own"),
+        (["global_batch=2000000"], "global_batch: input should be less than or equal to 1048576"),
+        (["--network-gbit", "1e-300"], "--network-gbit: 1e-300; no adapter has that"),
     ],
 )
 def test_what_could_not_run_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,6 +143,59 @@ def test_rates_of_a_machine_with_one_gpu_do(tmp_path: Path, capsys: pytest.Captu
         words = ["--rates", str(tmp_path / "rates.json"), "--world-size", world_size]
         assert main(["plan", PRESET, *words]) == 0
     assert "at 360 GB/s within a node" in capsys.readouterr().out  # by the data sheet
+
+
+def test_rates_are_those_of_a_device_and_a_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = [PRESET, "micro_batch=1", "--world-size", "8"]
+    assert main(["plan", *small, "--device", "a100-40", "--json"]) == 0
+    (tmp_path / "rates.json").write_text(capsys.readouterr().out)
+    words = ["plan", *small, "--rates", str(tmp_path / "rates.json")]
+    assert main([*words, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["device"] == "a100-40"
+    assert data["usable_bytes"] == DEVICES["a100-40"].usable
+    assert main([*words, "--device", "h200", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["device"] == "h200"
+    assert main([*words, "engine.dtype=fp32"]) == 2
+    assert "was measured in bf16, and engine.dtype is fp32" in capsys.readouterr().err
+    (tmp_path / "rates.json").write_text(json.dumps({"rates": data["rates"] | {"gemm": True}}))
+    assert main(words) == 2
+    assert "is not what `fmscale plan --calibrate --json` prints" in capsys.readouterr().err
+
+
+def test_a_terminal_without_blocks_is_shown_the_rest() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    words = [sys.executable, "-m", "fmscale", "plan", PRESET]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "????" in done.stdout
+
+
+def test_disk_is_that_of_all_phases(capsys: pytest.CaptureFixture[str]) -> None:
+    later = "{checkpoint: {keep: 50, every_steps: 5}, log: {images_every_steps: 1}}"
+    settings = ["steps=1000", "checkpoint.keep=2", "checkpoint.every_steps=100", "log.images_every_steps=100"]
+    assert main(["plan", PRESET, *settings, f"phases=[{{until_step: 300}}, {later}]"]) == 0
+    out = capsys.readouterr().out
+    assert "51 checkpoints of" in out
+    assert f", {3 + 700} sheets of samples" in out
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_interrupted_says_so_in_a_line() -> None:
+    words = [sys.executable, "-m", "fmscale", "plan", PRESET, "--calibrate"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (ranks := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_site_without_gpus_has_none(capsys: pytest.CaptureFixture[str]) -> None:

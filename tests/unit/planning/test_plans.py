@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fmscale.config import TrainConfig, load
-from fmscale.data.order import Split
-from fmscale.engine.sharding import Collective
+from fmscale.engine.collectives import Collective
+from fmscale.models.shapes import weights_of
 from fmscale.phases import phases_of
 from fmscale.planning.advice import advice_of, changed, refusals
 from fmscale.planning.devices import CALL_S, CPU, DEVICES, Cluster, Rates, stated_rates
@@ -89,8 +89,7 @@ def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
     most = largest_micro_batch(config, phase.base, bucket.shape, phase.stock.text_tokens, usable)
 
     def total(images: int) -> int:
-        cut = Split(images * 2, 1, images, 2)
-        return memory_of(config, phase.base, bucket.shape, phase.stock.text_tokens, cut).total
+        return memory_of(config, phase.base, bucket.shape, phase.stock.text_tokens, images).total
 
     assert total(most) <= usable < total(most + 1)
     assert largest_micro_batch(config, phase.base, bucket.shape, phase.stock.text_tokens, 1.0) == 0
@@ -151,9 +150,9 @@ def test_a_bucket_smaller_than_a_batch_is_named(make_config: Callable[..., Train
 
 
 def test_raw_settings_that_nothing_counts_are_named() -> None:
-    config = preset("sd3_medium_256", "engine.deepspeed={zero_optimization: {zero_hpz_partition_size: 8}}")
+    config = preset("sd3_medium_256", "engine.deepspeed={zero_optimization: {round_robin_gradients: true}}")
     plan = plan_of(config, 8, H100)
-    assert any("zero_hpz_partition_size" in each.why for each in advice_of(plan, plan.phases[0], []))
+    assert any("round_robin_gradients" in each.why for each in advice_of(plan, plan.phases[0], []))
 
 
 def test_scaling_goes_by_what_grows(make_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
@@ -168,6 +167,42 @@ def test_scaling_goes_by_what_grows(make_config: Callable[..., TrainConfig], tmp
     assert all(0 < row.weak_efficiency <= 1 for row in rows)
     few = scaling(phase._replace(phase=phases_of(preset("sd3_medium_256", "global_batch=64"))[0]), H100)
     assert [row.strong is None for row in few] == [row.world_size > 64 for row in few]
+
+
+def test_the_same_batch_on_fewer_ranks_may_not_fit() -> None:
+    a40 = Cluster("a40", DEVICES["a40"], stated_rates("a40", "bf16"), 8, 50e9)
+    settings = "engine.zero_stage=3", "engine.recompute_every=0", "global_batch=1024", "micro_batch=64"
+    (phase,) = plan_of(preset("sd3_medium_256", *settings), 512, a40).phases
+    rows = {row.world_size: row for row in scaling(phase, a40)}
+    assert rows[8].fits
+    assert not rows[8].strong_fits
+    assert rows[512].strong_fits
+    strong = plan_of(preset("sd3_medium_256", *settings), 16, a40).phases[0]
+    assert rows[16].strong_fits == fits(strong, a40)
+
+
+@pytest.mark.parametrize(("name", "world_size"), [("sd35_large_256", 64), ("flux_dev_256", 512)])
+def test_the_largest_gradient_and_its_weight_are_there_together(name: str, world_size: int) -> None:
+    """The modulation of all blocks is one matrix of a third of the network, which comes last, and in no bucket."""
+    config = preset(name)
+    largest = max(weight.numel for weight in weights_of(config.model.model_dump()))
+    for stage, least in ((3, 2 * 2 * largest), (2, 2 * largest)):
+        staged = config.model_copy(update={"engine": config.engine.model_copy(update={"zero_stage": stage})})
+        (phase,) = plan_of(staged, world_size, H100).phases
+        assert phase.fullest.memory.total >= phase.base.device + least
+
+
+def test_an_offloaded_optimizer_leaves_what_micro_batches_add_up_in() -> None:
+    settings = "engine.zero_stage=2", "engine.offload=optimizer", "global_batch=16", "micro_batch=8"
+    (phase,) = plan_of(preset("sd3_medium_256", *settings), 1, H100).phases
+    own, weights = phase.base.gradients, weights_of(phase.phase.config.model.model_dump())
+    assert own.before == own.update == 4 * sum(weight.numel for weight in weights)
+
+
+def test_ranks_of_stage_1_update_with_their_own_gradients_alone() -> None:
+    (phase,) = plan_of(preset("sd3_medium_256", "engine.zero_stage=1"), 8, H100).phases
+    total = sum(weight.numel for weight in weights_of(phase.phase.config.model.model_dump()))
+    assert 2 * total / 8 + 4 * total / 8 <= phase.base.gradients.update < 2 * total
 
 
 def test_phases_are_planned_one_by_one(make_config: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -28,6 +28,33 @@ def test_a_dataset_is_what_training_opens(make_config: Callable[..., TrainConfig
     assert stock.sample_bytes * len(opened.mixture) == pytest.approx(sum(tar.stat().st_size for tar in tars))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layout": {"latents": ["float16", [99]]}}, r"model\.latent_channels is 4, and the latents of .* have 99"),
+        ({"layout": []}, "makes no sense"),
+        ({"shards": None}, "makes no sense"),
+        ({"shards": [{"size": -1, "samples": 120}]}, "fewer than none"),
+        ({"shards": [{"size": 1, "samples": 3}]}, "buckets have 120 samples, shards 3"),
+    ],
+)
+def test_what_training_could_not_read_is_refused(
+    change: dict[str, Any], said: str, make_config: Callable[..., TrainConfig], dataset: Path, tmp_path: Path
+) -> None:
+    manifest = json.loads((dataset / "index" / "manifest.json").read_text())
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(UserError, match=said):
+        stock_of(make_config(tmp_path / "run", f"data.path={tmp_path}"))
+
+
+def test_a_dataset_may_be_named_twice(make_config: Callable[..., TrainConfig], dataset: Path, tmp_path: Path) -> None:
+    parts = f"[{{path: {dataset}, weight: 1}}, {{path: {dataset}, weight: 3}}]"
+    stock = stock_of(make_config(tmp_path / "run", "data.path=null", f"data.mixture={parts}"))
+    assert [part.name for part in stock.parts] == [str(dataset)] * 2
+    assert stock.shares == pytest.approx(stock_of(make_config(tmp_path / "run")).shares, rel=1e-5)
+
+
 def test_a_mixture_goes_by_its_weights(make_config: Callable[..., TrainConfig], dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "square" / "index").mkdir(parents=True)
     manifest = json.loads((dataset / "index" / "manifest.json").read_text())

@@ -106,13 +106,14 @@ class Submitted(NamedTuple):
             state = self.state()
             if reached():
                 return True
-            assert state not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), f"{state}: {self.log()}"
+            assert state not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), state
             return False
 
         try:
             wait_until(look, what, seconds)
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.log()}\n{self.told()}") from None
+            logs = "\n".join(f"rank {rank}:\n{self.log(rank)}" for rank in range(4))
+            raise AssertionError(f"{error}\n{logs}\n{self.told()}") from None
 
     def wait_for_end(self, state: str = "COMPLETED", seconds: float = 2 * START_S) -> None:
         self.wait_for(state, lambda: self.state() == state, seconds)

@@ -29,7 +29,7 @@ def test_three_tasks_of_which_one_is_killed(cluster: Cluster, site: Path, tmp_pa
     assert submitted.returncode == 0, submitted.stderr
     (record,) = [json.loads(file.read_text()) for file in (out / "slurm").glob("*/job.json")]
     array = str(record["job"])
-    assert "0-2%2" in cluster("squeue", "--noheader", "--format=%i", "--jobs", array)
+    assert "ArrayTaskThrottle=2" in cluster("scontrol", "show", "job", "-o", array)
     try:
         tasks: dict[str, Submitted] = {}
 

@@ -6,8 +6,9 @@ import sys
 def main() -> None:
     """Entry point of the installed command."""
     from fmscale.cli import main as run
+    from fmscale.distributed import end
 
-    sys.exit(run(sys.argv[1:]))
+    end(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from fmscale.errors import SharedError, UserError
 
@@ -215,7 +217,24 @@ def _run_rank(rank: int, argv: list[str], environments: list[dict[str, str]]) ->
     except Exception:  # the launcher would show it of no rank but the one that ended first
         print(f"rank {rank}: {traceback.format_exc()}", file=sys.stderr)
         code = 1
-    raise SystemExit(code)
+    end(code)
+
+
+def end(code: int) -> NoReturn:
+    """End this process with an exit code; one that has met other ranks without the interpreter's own teardown.
+
+    What was registered for the end is done, and what was printed is written. But of a rank no more: DeepSpeed keeps a
+    group for good, and a thread of gloo that lets go of a tensor during the teardown aborts the process, of which a
+    launcher would make a run that has failed. Source: pytorch/pytorch#179291.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # nobody reads it any more
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def total(values: Tensor, group: Any = None) -> Tensor:

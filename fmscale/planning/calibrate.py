@@ -8,6 +8,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
@@ -90,13 +91,14 @@ def link_rate(ranks: int, gpu: bool) -> float:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "rate.json"
         arguments = ranks, free_port(), gpu, str(found)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which ranks inherit: this process ends them
+        resource_tracker.ensure_running()  # which would let the signal through again as it starts
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # ranks inherit it: this process ends them
         try:
             started = torch.multiprocessing.start_processes(
                 _sum_together, arguments, ranks, join=False, daemon=True, start_method="spawn"
             )
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while not started.join():
             pass
         return float(json.loads(found.read_text()))

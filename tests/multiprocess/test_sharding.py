@@ -65,8 +65,7 @@ OTHER = [
     *(Cell(stage, dtype, 1, 2, OFTEN, "optimizer") for stage in (1, 2, 3) for dtype in ("bf16", "fp32")),
     Cell(2, "fp32", 1, 1, OFTEN, "optimizer"),
 ]
-FEW = [cell for cell in GRID if cell.averages == 1]
-WORLDS = {1: GRID, 2: GRID, 3: FEW + OTHER, 4: GRID}
+WORLDS = {1: GRID, 2: GRID, 3: OTHER, 4: GRID}
 
 
 def config_of(cell: Cell, make_config: Callable[..., TrainConfig], folder: Path, world_size: int) -> TrainConfig:

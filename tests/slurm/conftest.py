@@ -16,7 +16,7 @@ from slurm.cluster import Cluster, missing, wait_until
 from fmscale.config import TrainConfig, dump
 from fmscale.starts import read
 
-STEPS = 60
+STEPS = 40
 SLOW = ("micro_batch=1", "log.every_steps=1")  # a few steps a second
 SAVING = (*SLOW, f"steps={STEPS}", "checkpoint.every_steps=10")
 START_S = 600  # four ranks import what they need on two cores, which may have other work

@@ -44,7 +44,7 @@ def test_three_signals(
 ) -> None:
     job = start()
     for times in (1, 2, 3):
-        train_until(job, 13 * times)
+        train_until(job, 9 * times)
         cluster("scancel", "--signal=USR2", job.job)
         job.wait_for("the job's return", lambda times=times: job.restarts() == times)
     job.wait_for_end()

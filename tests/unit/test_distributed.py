@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 
 import pytest
 
@@ -68,3 +72,30 @@ def test_only_the_first_rank_speaks(
     finally:
         logging.getLogger("fmscale").setLevel(level)
     assert f"rank {world_from_environment().rank}: /nowhere: no such folder" in capsys.readouterr().err
+
+
+ENDING = """
+import atexit, sys, torch
+from fmscale.distributed import end, free_port
+
+class Late:
+    def __del__(self):
+        print("torn down")
+
+late = Late()
+if sys.argv[1:]:
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    atexit.register(torch.distributed.destroy_process_group)
+atexit.register(print, "registered")
+print("said")
+end(3)
+"""
+
+
+@pytest.mark.parametrize(("words", "lines"), [((), ["torn down"]), (("rank",), [])])
+def test_a_rank_ends_without_the_teardown_of_the_interpreter(words: Sequence[str], lines: list[str]) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING, *words], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.splitlines()) == (3, ["said", "registered", *lines]), done.stderr

@@ -194,7 +194,14 @@ def started_by(process: int) -> list[Path]:
 @pytest.mark.slow
 def test_a_trial_that_is_interrupted_says_so_in_a_line() -> None:
     words = [sys.executable, "-m", "fmscale", "plan", PRESET, "--calibrate", "engine.dtype=fp32"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     while len(ranks := started_by(process.pid)) < 2:
         assert process.poll() is None
         time.sleep(0.1)

@@ -5,6 +5,7 @@ They are processes of their own all the same. What must begin as a user begins i
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -25,6 +26,7 @@ def start(program: Path, arguments: tuple[str, ...], environment: Mapping[str, s
 
 
 def _run(program: Path, arguments: tuple[str, ...], environment: dict[str, str], output: Path) -> None:
+    gc.freeze()  # ZeRO-3 collects garbage as it begins, and what was imported is none
     with output.open("w") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)

@@ -225,7 +225,12 @@ def end(code: int) -> NoReturn:
 
     What was registered for the end is done, and what was printed is written. But of a rank no more: DeepSpeed keeps a
     group for good, and a thread of gloo that lets go of a tensor during the teardown aborts the process, of which a
-    launcher would make a run that has failed. Source: pytorch/pytorch#179291.
+    launcher would make a run that has failed.
+
+    Args:
+        code: 0 … 255, of the process.
+
+    Source: pytorch/pytorch#179291.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():

@@ -63,17 +63,25 @@ def test_preemption(
 
 
 def test_time_limit(
+    cluster: Cluster,
     make_config: Callable[..., TrainConfig],
     tmp_path: Path,
     submit: Callable[..., Submitted],
     fmscale: Callable[..., object],
     undisturbed: Callable[[int], dict[int, float]],
 ) -> None:
-    """The run would go on for hours, and is stopped when it has come back."""
-    job = submit(make_config(tmp_path / "run", *UNSAVED, f"steps={10**6}"), "site.time_min=2", "site.signal_delay_s=60")
+    """The run would go on for hours; its limit is drawn near once it trains, and put off when it has come back.
+
+    Slurm tells a job to leave up to 30 s sooner than it was asked to, and a limit is in whole minutes.
+    """
+    job = submit(make_config(tmp_path / "run", *UNSAVED, f"steps={10**6}"), "site.signal_delay_s=60")
+    train_until(job, 10)
+    hours, minutes, _ = map(int, job.told()["RunTime"].split(":"))
+    cluster("scontrol", "update", f"JobId={job.job}", f"TimeLimit={60 * hours + minutes + 2}")
     job.wait_for("the job's return", lambda: job.restarts() == 1)
+    cluster("scontrol", "update", f"JobId={job.job}", "TimeLimit=30")
     left = job.steps()
-    assert left > 0
+    assert left >= 10
     train_until(job, left + 10)
     fmscale("stop", job.run_dir)
     job.wait_for_end()

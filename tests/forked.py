@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["deepspeed", "fmscale.train"])
+SERVER.set_forkserver_preload(["deepspeed", "fmscale.train", "torch._dynamo"])  # the first optimizer wants the last
 
 
 def start(program: Path, arguments: tuple[str, ...], environment: Mapping[str, str], output: Path) -> BaseProcess:

@@ -24,7 +24,7 @@ from fmscale.encode import encode
 
 pytestmark = pytest.mark.slow
 
-KILLS = 9
+KILLS = 5
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -91,17 +92,29 @@ def link_rate(ranks: int, gpu: bool) -> float:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "rate.json"
         arguments = ranks, free_port(), gpu, str(found)
-        resource_tracker.ensure_running()  # which would let the signal through again as it starts
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # ranks inherit it: this process ends them
-        try:
+        with interrupt_later():
             started = torch.multiprocessing.start_processes(
                 _sum_together, arguments, ranks, join=False, daemon=True, start_method="spawn"
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while not started.join():
             pass
         return float(json.loads(found.read_text()))
+
+
+@contextmanager
+def interrupt_later() -> Iterator[None]:
+    """Ctrl-C interrupts what follows; processes that are started within do not hear of it, since this one ends them."""
+    pressed = list[int]()
+    handler = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))  # a thread may take the signal
+    resource_tracker.ensure_running()  # which would let it through again as it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _sum_together(rank: int, ranks: int, port: int, gpu: bool, found: str) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -214,6 +215,26 @@ def test_a_trial_that_is_interrupted_says_so_in_a_line() -> None:
     while any(rank.exists() for rank in ranks):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_an_interruption_waits_until_all_ranks_are_started() -> None:
+    """Though threads, which computing starts, take the signal; and ranks do not hear of it."""
+    reached = []
+
+    def interrupted() -> None:
+        with calibrate.interrupt_later():
+            os.kill(os.getpid(), signal.SIGINT)
+            child = subprocess.run(["grep", "SigBlk", "/proc/self/status"], capture_output=True, text=True, check=True)
+            reached.append(int(child.stdout.split()[1], 16) >> (signal.SIGINT - 1) & 1)
+
+    done = threading.Event()
+    threading.Thread(target=done.wait).start()
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    done.set()
+    assert reached == [1]
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_a_site_without_gpus_has_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,6 @@
 """`fmscale export` for a checkout: `python tools/export_checkpoint.py …` takes the same arguments."""
 
-import sys
+from fmscale.__main__ import main
 
-from fmscale.cli import main
-
-sys.exit(main(["export", *sys.argv[1:]]))
+if __name__ == "__main__":  # processes that it starts read this file too
+    main("export")

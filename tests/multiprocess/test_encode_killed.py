@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from fmscale.encode import encode
 pytestmark = pytest.mark.slow
 
 KILLS = 5
+SCRIPT = Path(__file__).parents[2] / "tools" / "encode_latents.py"
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,11 @@ def whole(source: Path) -> Index:
     return encode(load(EncodeConfig, Path(config), overrides))
 
 
-def start(source: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
+def start(
+    source: Path, out: Path, *more: str, program: Sequence[str | Path] = ("-m", "fmscale", "encode")
+) -> subprocess.Popen[bytes]:
     with (source / f"{out.name}.txt").open("a") as file:
-        command = [sys.executable, "-m", "fmscale", "encode", *settings(source, out, *more)]
+        command = [sys.executable, *program, *settings(source, out, *more)]
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment(), start_new_session=True)
 
 
@@ -106,7 +109,7 @@ def test_a_worker_that_slept_is_overtaken_and_repeats_nothing(source: Path, whol
 
 def test_local_workers_do_without_one_that_is_killed(source: Path, whole: Index) -> None:
     out = source / "local"
-    parent = start(source, out, "--nproc", "2")
+    parent = start(source, out, "--nproc", "2", program=[SCRIPT])  # which workers read as they begin
     try:
         wait_for(lambda: done(out) > 0 and len(list(out.glob("unfinished/claims/*.worker"))) == 2, parent)
         owner = json.loads(min(out.glob("unfinished/claims/*.worker")).read_text())

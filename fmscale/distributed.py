@@ -7,9 +7,9 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -190,7 +190,6 @@ def _run_worker(rank: int, argv: list[str], environments: list[dict[str, str]]) 
 
 def end_with_parent(number: int) -> None:
     """Let this process, which `multiprocessing` started, be sent a signal when the one that started it is dead."""
-    import threading
     from multiprocessing import parent_process
 
     parent = parent_process()
@@ -221,25 +220,37 @@ def _run_rank(rank: int, argv: list[str], environments: list[dict[str, str]]) ->
 
 
 def end(code: int) -> NoReturn:
-    """End this process with an exit code; one that has met other ranks without the interpreter's own teardown.
+    """End this process with an exit code; one with a group of ranks without the interpreter's own teardown.
 
-    What was registered for the end is done, and what was printed is written. But of a rank no more: DeepSpeed keeps a
-    group for good, and a thread of gloo that lets go of a tensor during the teardown aborts the process, of which a
-    launcher would make a run that has failed.
+    Threads come to their end, what was registered for it is done, and what was printed is written. But of a rank no
+    more: DeepSpeed keeps a group for good, and a thread of gloo that lets go of a tensor during the teardown aborts the
+    process, of which a launcher would make a run that has failed.
 
     Args:
-        code: 0 … 255, of the process.
+        code: 0 … 255, of the process; 0 becomes 1 where what a rank has printed cannot be written.
 
     Source: pytorch/pytorch#179291.
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):  # nobody reads it any more
-                stream.flush()
-        os._exit(code)
+        os._exit(code if _flush() else code or 1)
     sys.exit(code)
+
+
+def _flush() -> bool:
+    """Whether all that was printed is written, or nobody reads it any more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except BrokenPipeError:
+            continue
+        except OSError as error:
+            os.write(2, f"what was printed cannot be written: {error.strerror}\n".encode())
+            return False
+    return True
 
 
 def total(values: Tensor, group: Any = None) -> Tensor:

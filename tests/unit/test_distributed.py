@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -75,27 +76,58 @@ def test_only_the_first_rank_speaks(
 
 
 ENDING = """
-import atexit, sys, torch
+import atexit, sys, threading, time, torch
+from fmscale import __main__, cli
 from fmscale.distributed import end, free_port
 
 class Late:
     def __del__(self):
         print("torn down")
 
+def write():
+    time.sleep(0.2)
+    print("a thread's")
+
+def crash(argv):
+    raise ValueError("crashed")
+
 late = Late()
-if sys.argv[1:]:
+if "rank" in sys.argv:
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     atexit.register(torch.distributed.destroy_process_group)
 atexit.register(print, "registered")
+threading.Thread(target=write).start()
 print("said")
-end(3)
+cli.main = crash
+__main__.main() if "crash" in sys.argv else end(int(sys.argv[-1]))
 """
 
 
-@pytest.mark.parametrize(("words", "lines"), [((), ["torn down"]), (("rank",), [])])
-def test_a_rank_ends_without_the_teardown_of_the_interpreter(words: Sequence[str], lines: list[str]) -> None:
+def ended(*words: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    """A process that ends, as a rank or not, of itself or by a crash."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    done = subprocess.run(
-        [sys.executable, "-c", ENDING, *words], env=environment, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout.splitlines()) == (3, ["said", "registered", *lines]), done.stderr
+    command = [sys.executable, "-c", ENDING, *words]
+    return subprocess.run(command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+
+
+@pytest.mark.parametrize("rank", [(), ("rank",)], ids=["alone", "rank"])
+@pytest.mark.parametrize(("word", "code"), [("3", 3), ("crash", 1)])
+def test_a_rank_ends_without_the_teardown_of_the_interpreter(rank: Sequence[str], word: str, code: int) -> None:
+    done = ended(*rank, word)
+    lines = ["said", "a thread's", "registered", *(() if rank else ("torn down",))]
+    assert (done.returncode, done.stdout.splitlines()) == (code, lines), done.stderr
+    assert ("ValueError: crashed" in done.stderr) == (word == "crash")
+
+
+def test_a_rank_that_cannot_write_what_it_printed_says_so() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = ended("rank", "0", stdout=full.fileno())
+    assert (done.returncode, done.stderr) == (1, "what was printed cannot be written: No space left on device\n")
+
+
+def test_a_rank_to_which_nobody_listens_ends_well() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = ended("rank", "0", stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

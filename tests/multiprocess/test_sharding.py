@@ -57,6 +57,7 @@ OFTEN, ALL_TO_ALL = {"reduce_bucket_size": 20_000}, {"use_multi_rank_bucket_allr
 NEAR = {"stage3_max_reuse_distance": 40_000, "stage3_prefetch_bucket_size": 0}
 AHEAD = {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 50_000}
 OTHER = [
+    *(Cell(stage, dtype, 1, 2, OFTEN) for stage, dtype in ((1, "fp32"), (2, "bf16"))),
     *(Cell(stage, "bf16", 1, 2, OFTEN | ALL_TO_ALL) for stage in (1, 2)),
     *(Cell(3, "bf16", 1, 1, OFTEN | reach, family=family) for reach in (NEAR, AHEAD) for family in ("mmdit", "flux")),
     Cell(3, "bf16", 1, 2, OFTEN | {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}),
